@@ -1,0 +1,73 @@
+"""How params.yaml, conf/ and dvc.yaml become the config that one stage sees.
+
+The only module that knows Hydra and DVC. params.yaml is registered as a Hydra config whose defaults list is its own
+`use:` block, so Hydra and DVC read the same two files and each key lives in exactly one of them.
+"""
+import difflib
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def register_params(root: Path = ROOT) -> None:
+    """Register params.yaml in Hydra's ConfigStore; SystemExit that names the known presets if `use:` names another."""
+    params = OmegaConf.to_container(OmegaConf.load(root / "params.yaml"))
+    for group, name in params["use"].items():
+        known = sorted(file.stem for file in (root / "conf" / group).glob("*.yaml"))
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise SystemExit(f"params.yaml: no preset '{name}' in conf/{group}/.{hint} Known: {', '.join(known)}.")
+    presets = [{group: name} for group, name in params["use"].items()]
+    ConfigStore.instance().store(name="params", node={"defaults": [*presets, "_self_"], **params})
+
+
+def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
+    """Top-level config keys that dvc.yaml lists under `params:` of `stage`."""
+    keys = set()
+    for entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["params"]:
+        preset = next(iter(entry)) if isinstance(entry, dict) else None
+        keys.add(Path(preset).parts[1] if preset else entry.split(".")[0])
+    return keys
+
+
+def declared(cfg: DictConfig, stage: str) -> DictConfig:
+    """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale."""
+    view = OmegaConf.masked_copy(cfg, ["data", "out", *declared_keys(stage)])
+    OmegaConf.set_struct(view, True)
+    OmegaConf.set_readonly(view, True)
+    return view
+
+
+def plain(node: DictConfig) -> dict:
+    """A config node as plain Python values, which is all that puzzle_core takes."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def stage(name: str) -> Callable:
+    """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1."""
+
+    def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
+        @functools.wraps(run)
+        def job(cfg: DictConfig) -> object:
+            try:
+                return run(declared(cfg, name))
+            except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
+                if cfg.get("debug"):
+                    raise
+                print(f"{name}: error: {error}", file=sys.stderr)
+                raise SystemExit(1) from error
+
+        register_params()
+        return hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)
+
+    return decorate

@@ -1,0 +1,105 @@
+"""Text to deterministic packed token sequences, train and validation split by document."""
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def _local_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"no corpus at {path}: check `path` in its preset under conf/corpus/")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _READERS)
+    if not files:
+        raise FileNotFoundError(f"no text under {path}: expected files ending in {', '.join(_READERS)}")
+    return files
+
+
+def documents(
+    source: str,
+    text_column: str = "text",
+    path: str | None = None,
+    id: str | None = None,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    max_documents: int | None = None,
+    **_split: object,
+) -> Iterator[str]:
+    """Every document of a corpus preset: `source` is files (`path`: a file or folder) or hub (`id`, `name`, `split`)."""
+    from datasets import load_dataset  # slow to import, and not every user of this module loads text
+
+    if source == "hub":
+        stream = load_dataset(id, name, split=split, revision=revision, streaming=True)
+        yield from _texts(stream.take(max_documents) if max_documents else stream, text_column, id)
+    elif source == "files":
+        for file in _local_files(Path(path)):
+            reader = _READERS[file.suffix]
+            options = {"sample_by": "document"} if reader == "text" else {}
+            try:
+                rows = load_dataset(reader, data_files=str(file), split="train", streaming=True, **options)
+                yield from _texts(rows, "text" if reader == "text" else text_column, file)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"{file} cannot be read as {reader} ({error})") from error
+    else:
+        raise ValueError(f"unknown corpus source '{source}'; known: files, hub")
+
+
+def _texts(rows: Iterable[dict], column: str, where: object) -> Iterator[str]:
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"{where} has no column '{column}', only {', '.join(row)}: set `text_column` in conf/corpus/")
+        if row[column]:
+            yield row[column]
+
+
+def _in_validation(text: str, fraction: float) -> bool:
+    """By content, so that a document stays on its side whatever else the corpus holds."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) < fraction * 2**32
+
+
+class Corpus:
+    """The documents of one preset, held in memory once, cut into token sequences on demand."""
+
+    def __init__(self, tokenizer, preset: dict):
+        self.tokenizer = tokenizer
+        self.where = preset.get("path") or preset.get("id")
+        self.splits: dict[str, list[str]] = {"train": [], "validation": []}
+        digest = hashlib.sha256()
+        for text in documents(**preset):
+            self.splits["validation" if _in_validation(text, preset["validation_fraction"]) else "train"].append(text)
+            digest.update(text.encode())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def sequences(self, split: str, num_tokens: int, seq_len: int, seed: str) -> np.ndarray:
+        """At least `num_tokens` tokens of `split` as [N, seq_len] int64, documents shuffled by `seed`, EOS after each.
+
+        Every row is full: no padding, a long document goes on in the next row. ValueError if the corpus is too small.
+        """
+        num_rows = -(-num_tokens // seq_len)
+        texts = list(self.splits[split])
+        random.Random(seed).shuffle(texts)
+        pieces, have, need = [], 0, num_rows * seq_len
+        for start in tqdm(range(0, len(texts), 64), desc=f"tokenize {split}", unit="×64 docs", leave=False):
+            for ids in self.tokenizer(texts[start : start + 64], add_special_tokens=False)["input_ids"]:
+                pieces.append(np.array([*ids, self.tokenizer.eos_token_id], dtype=np.int64))
+                have += len(pieces[-1])
+            if have >= need:
+                break
+        if have < need:
+            raise ValueError(
+                f"corpus {self.where} is too small: its {split} split has {have:,} tokens, {need:,} are needed. "
+                "Lower the token budget in the presets of conf/, or add text."
+            )
+        return np.concatenate(pieces)[:need].reshape(num_rows, seq_len)
+
+    def batches(self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str) -> list[np.ndarray]:
+        """The same as a list of [batch_size, seq_len] arrays, rounded up to whole batches; [] for no tokens."""
+        if not num_tokens:
+            return []
+        whole = -(-num_tokens // (seq_len * batch_size)) * seq_len * batch_size
+        return list(self.sequences(split, whole, seq_len, seed).reshape(-1, batch_size, seq_len))

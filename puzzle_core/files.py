@@ -1,0 +1,74 @@
+"""Files that are written whole or not at all, and work directories that one process owns."""
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path (file or folder) that takes the place of `path` only when the block succeeds.
+
+    Never writes in place: with a linked DVC cache that would corrupt the cache's own copy.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    _remove(part)
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)  # a folder cannot be replaced in one step; readers of a folder hold the stage's lock
+        os.replace(part, path)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: str | Path) -> object:
+    """Parse a JSON file; FileNotFoundError or ValueError that say what to do."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}). Delete it and run its stage again.") from error
+
+
+@contextlib.contextmanager
+def lock(directory: str | Path, name: str) -> Iterator[None]:
+    """Hold `directory` for the stage `name`; BlockingIOError if another process has it.
+
+    Killing `dvc repro` leaves its child running, and two writers of one library would fight over every file.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / f".{name}.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another '{name}' is still writing to {directory}/ (a killed `dvc repro` leaves its stage running). "
+                f"Wait for it, or stop it: fuser -k {directory}/.{name}.lock"
+            ) from error
+        yield
+
+
+def fingerprint(*parts: object) -> str:
+    """Sixteen hex digits that change when any of `parts` (plain JSON values) does."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,135 @@
+"""Global knowledge distillation: the whole child learns to agree with the parent, hidden state by hidden state and in its logits."""
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from puzzle_core.files import fingerprint
+
+VERSION = 1  # raise when a change here changes what the distilled child is
+TOKENS_AT_ONCE = 256  # positions whose logits enter the KL at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the child is healed: one preset of conf/gkd/."""
+
+    seq_len: int
+    batch_size: int  # sequences a step
+    train_tokens: int
+    lr: float
+    warmup_fraction: float
+    weight_decay: float
+    grad_clip: float
+    kl_weight: float
+    cosine_weight: float
+    save_every_steps: int
+
+
+def kl_loss(parent_logits_BTV: Tensor, child_logits_BTV: Tensor) -> Tensor:
+    """Mean over tokens of KL(parent ‖ child), in nats."""
+    parent, child = parent_logits_BTV.flatten(0, 1), child_logits_BTV.flatten(0, 1)
+    total = child.new_zeros((), dtype=torch.float32)
+    for p, c in zip(parent.split(TOKENS_AT_ONCE), child.split(TOKENS_AT_ONCE), strict=True):
+        log_p, log_c = p.float().log_softmax(-1), c.float().log_softmax(-1)
+        total = total + torch.nn.functional.kl_div(log_c, log_p, reduction="sum", log_target=True)
+    return total / len(child)
+
+
+def cosine_loss(parent_hiddens: tuple[Tensor, ...], child_hiddens: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers and tokens of 1 - cos(h_child, h_parent); both start with the embeddings, which are left out."""
+    per_layer = [
+        1 - torch.nn.functional.cosine_similarity(c.float(), p.float(), dim=-1).mean()
+        for p, c in zip(parent_hiddens[1:], child_hiddens[1:], strict=True)
+    ]
+    return torch.stack(per_layer).mean()
+
+
+class Distiller(Trainer):
+    """transformers' Trainer with the parent's outputs as the labels."""
+
+    def __init__(self, parent: PreTrainedModel, settings: Settings, **kwargs):
+        super().__init__(**kwargs)
+        self.parent, self.settings, self.parts = parent, settings, {}
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean, so accumulation must divide it
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        wanted = {"use_cache": False, "output_hidden_states": self.settings.cosine_weight > 0}
+        with torch.no_grad():
+            parent = self.parent(input_ids=inputs["input_ids"], **wanted)
+        child = model(input_ids=inputs["input_ids"], **wanted)
+        losses = {"kl": kl_loss(parent.logits, child.logits)}
+        if self.settings.cosine_weight > 0:
+            losses["cosine"] = cosine_loss(parent.hidden_states, child.hidden_states)
+        loss = self.settings.kl_weight * losses["kl"] + self.settings.cosine_weight * losses.get("cosine", 0.0)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"gkd loss is {loss.item()} at step {self.state.global_step}: lower `lr` in conf/gkd/")
+        self.parts = {name: value.item() for name, value in losses.items()}
+        return (loss, child) if return_outputs else loss
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        super().log({**logs, **self.parts} if "loss" in logs else logs, *args, **kwargs)
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that was written to its end: trainer_state.json comes last."""
+    whole = []
+    for folder in work.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], str(folder)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(folder)
+    return max(whole)[1] if whole else None
+
+
+@contextmanager
+def work_folder(out: Path, child: Path, settings: Settings, *determined_by: object) -> Iterator[Path]:
+    """The folder of a run's checkpoints, named by all that determines the run; removed when the block succeeds."""
+    content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(child.glob("*.safetensors"))]
+    work = out / f".gkd-{fingerprint(VERSION, asdict(settings), content, *determined_by)}"
+    for stale in set(out.glob(".gkd-*")) - {work}:
+        shutil.rmtree(stale)
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def distill(
+    parent: PreTrainedModel, child: PreTrainedModel, sequences: list, settings: Settings, seed: int, work: Path
+) -> list[dict[str, float]]:
+    """Train `child` in place on [N, T] token sequences; returns the curve: step, loss, kl, cosine, learning_rate.
+
+    Checkpoints go to `work`; a run that finds one there goes on from it, to the same result as an uninterrupted run.
+    """
+    num_steps = math.ceil(len(sequences) / settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=num_steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(settings.warmup_fraction * num_steps)),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.grad_clip,
+        bf16=parent.device.type == "cuda",
+        use_cpu=parent.device.type == "cpu",
+        logging_steps=1,
+        save_steps=settings.save_every_steps,
+        save_total_limit=2,
+        seed=seed,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+    dataset = [{"input_ids": torch.as_tensor(row)} for row in sequences]
+    trainer = Distiller(parent, settings, model=child.train(), args=arguments, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    child.eval()
+    columns = ("step", "loss", "kl", "cosine", "learning_rate")
+    return [{c: row[c] for c in columns if c in row} for row in trainer.state.log_history if "loss" in row]

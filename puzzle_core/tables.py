@@ -1,0 +1,141 @@
+"""The three tables that stages exchange: their schemas, and the only reader and writer of parquet.
+
+Anyone's numbers, written with these columns, can be searched. Every table is checked on read and on write.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pandera.pandas as pa
+import pyarrow as arrow
+
+from puzzle_core.files import atomic
+from puzzle_core.spec import OUTSIDE, SUBBLOCKS, Scenario, Variant
+
+
+def _parses(parse) -> pa.Check:
+    def each(value: str) -> bool:
+        try:
+            return str(parse(value)) == value
+        except ValueError:
+            return False
+
+    return pa.Check(each, element_wise=True, error=f"not a {parse.__self__.__name__.lower()} id")
+
+
+_LAYER = pa.Column(int, pa.Check.ge(0))
+_SUBBLOCK = pa.Column(str, pa.Check.isin(SUBBLOCKS))
+_VARIANT = pa.Column(str, _parses(Variant.parse))
+_FINITE = pa.Check(lambda column: column.abs() < float("inf"), error="not a finite number")
+_LOSS = pa.Column(float, [pa.Check.ge(0), _FINITE])
+_FINGERPRINT = pa.Column(str, description="hash of everything that determined this row; empty for foreign rows")
+
+SCHEMAS = {
+    "library": pa.DataFrameSchema(
+        {
+            "layer": _LAYER,
+            "subblock": _SUBBLOCK,
+            "variant": _VARIANT,
+            "init": pa.Column(str, description="how the weights were initialised, e.g. prune+ridge"),
+            "loss_before": _LOSS,  # normalised MSE on held-out tokens after initialisation, before training
+            "loss_after": _LOSS,  # the same after training
+            "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
+            "num_params": pa.Column(int, pa.Check.ge(0), description="of the subblock, its norms included"),
+            "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="KV cache of one sequence, one token"),
+            "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),
+            "fingerprint": _FINGERPRINT,
+        },
+        unique=["layer", "subblock", "variant"],
+        strict=True,
+        name="library",
+    ),
+    "scores": pa.DataFrameSchema(
+        {
+            "layer": _LAYER,
+            "subblock": _SUBBLOCK,
+            "variant": _VARIANT,
+            "metric": pa.Column(str, description="kl, lm_loss, ...: a cost in quality, lower is better"),
+            "value": pa.Column(float, _FINITE),
+            "num_tokens": pa.Column(int, pa.Check.ge(1)),
+            "fingerprint": _FINGERPRINT,
+        },
+        checks=pa.Check(
+            lambda table: (table["variant"] != "parent") | (table["value"] == 0.0),
+            error="the parent's score is 0 exactly: scores are quality lost against it",
+        ),
+        unique=["layer", "subblock", "variant", "metric"],
+        strict=True,
+        name="scores",
+    ),
+    "costs": pa.DataFrameSchema(
+        {
+            "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, OUTSIDE))),
+            "variant": _VARIANT,
+            "scenario": pa.Column(str, _parses(Scenario.parse)),
+            "metric": pa.Column(str, pa.Check.isin(("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token"))),
+            "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),
+            "unit": pa.Column(str, pa.Check.isin(("ms", "bytes", "count"))),
+            "source": pa.Column(str, pa.Check.isin(("measured", "computed", "analytic"))),
+            "hardware": pa.Column(str),
+        },
+        unique=["subblock", "variant", "scenario", "metric"],
+        strict=True,
+        name="costs",
+    ),
+}
+
+
+def check(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """`table` as schema `name` orders it; ValueError with every offending row otherwise."""
+    try:
+        return SCHEMAS[name].validate(table, lazy=True)[list(SCHEMAS[name].columns)]
+    except pa.errors.SchemaErrors as error:
+        cases = error.failure_cases[["column", "check", "failure_case", "index"]].drop_duplicates()
+        lines = cases.head(10).to_string(index=False)
+        more = f"\n... and {len(cases) - 10} more" if len(cases) > 10 else ""
+        raise ValueError(f"{name} table does not fit its schema (puzzle_core/tables.py):\n{lines}{more}") from error
+
+
+def read(name: str, path: str | Path) -> pd.DataFrame:
+    """Read and check table `name`; ValueError or FileNotFoundError that say what to do."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`")
+    try:
+        table = pd.read_parquet(path)
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}). Delete it and run its stage again.") from error
+    try:
+        return check(name, table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write(name: str, table: pd.DataFrame, path: str | Path) -> None:
+    """Check and write table `name`, whole or not at all."""
+    table = check(name, table)
+    with atomic(path) as part:
+        table.to_parquet(part, index=False)
+
+
+def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Variant], Path]:
+    """Where the weights of (layer, subblock, variant) are; the lookup raises ValueError for one that is not in the library."""
+    paths = {(row.layer, row.subblock, row.variant): blocks / row.path for row in library.itertuples()}
+
+    def find(layer: int, subblock: str, variant: Variant) -> Path:
+        try:
+            return paths[layer, subblock, str(variant)]
+        except KeyError as error:
+            there = sorted({v for (n, s, v) in paths if (n, s) == (layer, subblock)})
+            raise ValueError(
+                f"variant {variant} of {subblock} in layer {layer} is not in the library; there are: {', '.join(there) or 'none'}. "
+                "Add it to conf/search_space/ and run `dvc repro bld`, or search again."
+            ) from error
+
+    return find
+
+
+def read_known(name: str, *paths: str | Path) -> pd.DataFrame:
+    """The rows of those of `paths` that exist, each once: what an earlier or interrupted run has finished."""
+    found = [read(name, path) for path in paths if Path(path).exists()]
+    return pd.concat([pd.DataFrame(columns=list(SCHEMAS[name].columns)), *found]).drop_duplicates(SCHEMAS[name].unique + ["fingerprint"])

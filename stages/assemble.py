@@ -1,0 +1,33 @@
+"""Build the child from the parent and the chosen variants, prove that it loads anywhere, measure it beside the parent."""
+from pathlib import Path
+
+import torch
+
+from puzzle_core import evaluation, tables
+from puzzle_core.checkpoint import load_parent, make_child, pick_device, save_child, verify_reload
+from puzzle_core.config import plain, stage
+from puzzle_core.corpus import Corpus
+from puzzle_core.files import lock, read_json, write_json
+from puzzle_core.spec import Solution
+
+
+@stage("assemble")
+def run(cfg):
+    data, out = Path(cfg.data), Path(cfg.out)
+    with lock(out, "assemble"):
+        solution = Solution.from_json(read_json(data / "solution.json"))
+        parent = load_parent(**plain(cfg.parent), device=pick_device(cfg.hardware.device))
+        library = tables.read("library", data / "library.parquet")
+        child = make_child(parent, solution.architecture, tables.variant_files(library, data / "blocks"))
+        corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
+        batches = corpus.batches("validation", **plain(cfg.evaluation.text), seed="evaluation")
+        save_child(child, parent.tokenizer, out / "child")
+        verify_reload(child, out / "child", torch.as_tensor(batches[0][:1], device=parent.device))
+        metrics = evaluation.measure(parent.model, child, batches, solution.scenario, cfg.evaluation.repeats)
+        for name, row in metrics.items():
+            write_json(out / "metrics" / f"{name}.json", row)
+    print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
+
+
+if __name__ == "__main__":
+    run()

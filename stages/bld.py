@@ -1,0 +1,25 @@
+"""Train the block library: one file per layer, subblock and variant. A rerun keeps every finished file that still matches."""
+from pathlib import Path
+
+from puzzle_core import bld, tables
+from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
+from puzzle_core.config import plain, stage
+from puzzle_core.corpus import Corpus
+from puzzle_core.files import lock
+
+
+@stage("bld")
+def run(cfg):
+    out, settings = Path(cfg.out), bld.Settings(**plain(cfg.bld))
+    with lock(out, "bld"):
+        parent = load_parent(**plain(cfg.parent), device=pick_device())
+        corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
+        space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
+        jobs = bld.jobs(parent, space, settings, cfg.seed, corpus)
+        library, num_made = bld.train_library(parent, jobs, corpus, settings, cfg.seed, out / "blocks")
+        tables.write("library", library, out / "library.parquet")
+    print(f"bld: {num_made} variants made, {len(library) - num_made} kept; {out}/library.parquet")
+
+
+if __name__ == "__main__":
+    run()

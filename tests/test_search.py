@@ -1,0 +1,330 @@
+"""The search finds the optimum, honours every limit, and says what to do where it cannot."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle_core import tables
+from puzzle_core.search import CONSTRAINTS, InfeasibleError, Problem, constraints_from, solve, totals
+from puzzle_core.spec import NO_OP, PARENT, Architecture, Variant
+
+SCENARIO = "b2p64g32"
+UNITS = {
+    "prefill_ms": "ms",
+    "decode_ms": "ms",
+    "param_bytes": "bytes",
+    "num_params": "count",
+    "kv_bytes_per_token": "bytes",
+}
+PARENT_COSTS = {"prefill_ms": 3.0, "decode_ms": 0.2, "param_bytes": 2e7, "num_params": 1e7, "kv_bytes_per_token": 512.0}
+ATTENTION, FFN = ["parent", "kv2", "kv1", "no_op"], ["parent", "w768", "w384", "no_op"]
+
+
+def make_tables(num_layers=4, attention=ATTENTION, ffn=FFN, score=None, cost=None, seed=0):
+    """Scores and costs that fit the schemas; `score(layer, subblock, k)`, `cost(subblock, k, metric)` of variant k."""
+    random = np.random.default_rng(seed)
+    score = score or (lambda layer, subblock, k: k * random.lognormal())
+    cost = cost or (lambda subblock, k, metric: PARENT_COSTS[metric] * 0.6**k * random.uniform(0.9, 1.1))
+    options = [("attention", k, v) for k, v in enumerate(attention)] + [("ffn", k, v) for k, v in enumerate(ffn)]
+    scores = [
+        (layer, subblock, variant, "kl", 0.0 if variant == "parent" else float(score(layer, subblock, k)), 100, "")
+        for layer, (subblock, k, variant) in itertools.product(range(num_layers), options)
+    ]
+    costs = [
+        (subblock, variant, SCENARIO, metric, float(cost(subblock, k, metric)), UNITS[metric], "measured", "test")
+        for (subblock, k, variant), metric in itertools.product([*options, ("outside", 0, "parent")], UNITS)
+    ]
+    return (
+        pd.DataFrame(scores, columns=list(tables.SCHEMAS["scores"].columns)),
+        pd.DataFrame(costs, columns=list(tables.SCHEMAS["costs"].columns)),
+    )
+
+
+def make_problem(**how):
+    return Problem.from_tables(*make_tables(**how), "kl", SCENARIO)
+
+
+def exhaustive(problem, constraints):
+    """The least score over every architecture within the constraints; None if there is none."""
+    score_A = np.zeros(1)
+    total_A = {c.total: np.full(1, problem.outside[c.total]) for c in constraints}
+    for cell in range(2 * problem.num_layers):
+        rows = np.flatnonzero(problem.cell_O == cell)
+        score_A = np.add.outer(score_A, problem.score_O[rows]).ravel()
+        total_A = {name: np.add.outer(sums, problem.share_O[name][rows]).ravel() for name, sums in total_A.items()}
+    fits_A = np.ones(len(score_A), bool)
+    for c in constraints:
+        fits_A &= total_A[c.total] <= c.upper * (1 + 1e-9)
+    return score_A[fits_A].min() if fits_A.any() else None
+
+
+def random_architecture(problem, random):
+    picks = [
+        problem.options[random.choice(np.flatnonzero(problem.cell_O == c))][2] for c in range(2 * problem.num_layers)
+    ]
+    return Architecture(tuple(zip(picks[::2], picks[1::2], strict=True)))
+
+
+KINDS = ["plain", "equal scores", "negative scores", "scores far apart", "zero costs", "equal costs", "costs far apart"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(KINDS),
+    st.sets(st.sampled_from(["latency_ms", "memory_mib", "num_params", "throughput_tokens_per_s"]), max_size=3),
+    st.sampled_from([1.0, 1.0, 0.9, 1.1]),
+)
+def test_the_mip_scores_what_exhaustive_search_scores(seed, num_layers, num_attention, num_ffn, kind, limited, slack):
+    random = np.random.default_rng(seed)
+    score = {
+        "equal scores": lambda layer, subblock, k: random.integers(0, 3),
+        "negative scores": lambda layer, subblock, k: random.normal(),
+        "scores far apart": lambda layer, subblock, k: 10 ** random.uniform(-6, 6),
+    }.get(kind)
+    cost = {
+        "zero costs": lambda subblock, k, metric: 0 if metric.endswith("ms") else PARENT_COSTS[metric] * 0.5**k,
+        "equal costs": lambda subblock, k, metric: PARENT_COSTS[metric] // 2 ** (k // 2),
+        "costs far apart": lambda subblock, k, metric: 10 ** random.uniform(-6, 6),
+    }.get(kind)
+    problem = make_problem(
+        num_layers=num_layers, attention=ATTENTION[:num_attention], ffn=FFN[:num_ffn], score=score, cost=cost, seed=seed
+    )
+    reachable = totals(problem, random_architecture(problem, random))  # at slack 1 the budgets are exactly tight
+    limits = {name: reachable[name] * slack for name in sorted(limited) if 0 < reachable[name] < math.inf}
+    constraints = constraints_from(limits, problem)
+    expected = exhaustive(problem, constraints)
+    if expected is None:
+        with pytest.raises(InfeasibleError):
+            solve(problem, constraints)
+        return
+    solution = solve(problem, constraints)
+    assert solution.score == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert solution.bound <= solution.score
+    assert solution.status == "optimal" and solution.gap < 1e-6
+    for c in constraints:
+        assert solution.totals[c.total] <= c.upper * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("over", [1.1e-9, 1.4e-9, 1e-8, 3e-7])
+def test_a_limit_just_below_a_total_is_never_broken_however_many_permutations_reach_it(over):
+    # 15 cheap layers of 30 break the limit by less than the solver sees, in any order; 16 keep it.
+    random = np.random.default_rng(0)
+    problem = make_problem(
+        num_layers=30, attention=["parent"], ffn=["parent", "w768"], score=lambda *_: 1 + random.uniform(0, 1e-3)
+    )
+    cheap = Variant("w", 768)
+    fifteen, sixteen = (
+        totals(problem, Architecture(((PARENT, cheap),) * n + ((PARENT, PARENT),) * (30 - n))) for n in (15, 16)
+    )
+    (constraint,) = constraints_from({"latency_ms": fifteen["latency_ms"] / (1 + over)}, problem)
+    solution = solve(problem, (constraint,), time_limit_s=20)
+    assert solution.status == "optimal"
+    assert solution.totals["latency_ms"] == pytest.approx(sixteen["latency_ms"], rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e6])
+def test_the_unit_of_the_scores_does_not_matter(factor):
+    scores, costs = make_tables(num_layers=12)
+    problem = Problem.from_tables(scores, costs, "kl", SCENARIO)
+    scaled = Problem.from_tables(scores.assign(value=factor * scores["value"]), costs, "kl", SCENARIO)
+    limits = {"speedup": 1.7, "memory_fraction": 0.6}
+    one, other = (solve(p, constraints_from(limits, p)) for p in (problem, scaled))
+    assert other.score == pytest.approx(factor * one.score, rel=1e-9)
+    assert other.totals == one.totals
+
+
+def test_without_constraints_the_parent_wins_and_its_totals_are_the_parents():
+    solution = solve(make_problem(), ())
+    assert solution.architecture == Architecture.uniform(4)
+    assert (solution.score, solution.gap, solution.status) == (0.0, 0.0, "optimal")
+    assert solution.totals == solution.parent_totals
+
+
+def test_totals_are_the_sums_that_a_reader_would_do_by_hand():
+    costs = {
+        "prefill_ms": 4.0,
+        "decode_ms": 0.5,
+        "param_bytes": 2.0**20,
+        "num_params": 7.0,
+        "kv_bytes_per_token": 2.0**13,
+    }
+    problem = make_problem(num_layers=2, cost=lambda subblock, k, metric: 0.0 if k else costs[metric])
+    half = Architecture(((PARENT, PARENT), (NO_OP, NO_OP)))
+    found = totals(problem, half)  # two parent subblocks and what is outside: three rows
+    assert found["prefill_ms"] == 12 and found["decode_ms"] == 1.5
+    assert found["latency_ms"] == 12 + 32 * 1.5  # 32 generated tokens
+    assert found["kv_mib"] == 3 * 2 * 96 * 2**13 / 2**20  # 2 sequences of 64 + 32 tokens
+    assert found["memory_mib"] == 3 + found["kv_mib"] and found["num_params"] == 21
+    assert found["throughput_tokens_per_s"] == pytest.approx(2 * 32 / 0.060)
+
+
+def test_totals_of_an_unknown_variant_name_the_layer_and_the_variant():
+    with pytest.raises(ValueError, match="layer 0 attention kv7, layer 1 attention kv7"):
+        totals(make_problem(num_layers=2), Architecture.uniform(2, attention=Variant("kv", 7)))
+    with pytest.raises(ValueError, match="the tables have 2 layers, the architecture 1"):
+        totals(make_problem(num_layers=2), Architecture.uniform(1))
+
+
+def test_every_constraint_bounds_the_total_that_it_names():
+    problem = make_problem()
+    parent = problem.parent_totals
+    limits = {
+        "speedup": (2.0, parent["latency_ms"] / 2),
+        "throughput_tokens_per_s": (parent["throughput_tokens_per_s"], parent["latency_ms"]),
+    }
+    for name in set(CONSTRAINTS) - set(limits):
+        total = CONSTRAINTS[name][0]
+        limits[name] = (0.5, 0.5 * parent[total]) if name.endswith("_fraction") else (1234.0, 1234.0)
+    for name, (limit, upper) in limits.items():
+        (constraint,) = constraints_from({name: limit}, problem)
+        assert (constraint.name, constraint.limit, constraint.total) == (name, limit, CONSTRAINTS[name][0])
+        assert constraint.upper == pytest.approx(upper, rel=1e-12)
+
+
+def test_null_is_no_limit_and_an_unknown_name_gets_a_suggestion():
+    problem = make_problem()
+    assert constraints_from({"speedup": None, "memory_mib": None}, problem) == ()
+    with pytest.raises(ValueError, match="unknown constraint 'speed_up': did you mean 'speedup'.*memory_fraction"):
+        constraints_from({"speed_up": None}, problem)
+
+
+@pytest.mark.parametrize("limit", [0, -1.5, "1.35", True, math.nan, math.inf])
+def test_a_limit_that_is_no_positive_number_is_refused(limit):
+    with pytest.raises(ValueError, match="constraint speedup is .* expected a positive number"):
+        constraints_from({"speedup": limit}, make_problem())
+
+
+def test_a_limit_out_of_reach_comes_with_the_best_one_that_can_be_typed_in_instead():
+    problem = make_problem()
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, constraints_from({"speedup": 50.0}, problem))
+    message = str(error.value)
+    assert message.startswith(f"no architecture fits speedup 50.0 in scenario {SCENARIO}: largest reachable is ")
+    assert "latency_ms" in message and "conf/search_space/" in message
+    reachable = float(message.split("reachable is ")[1].split()[0])
+    assert solve(problem, constraints_from({"speedup": reachable}, problem)).status == "optimal"
+    with pytest.raises(InfeasibleError):
+        solve(problem, constraints_from({"speedup": 1.001 * reachable}, problem))
+
+
+def test_of_several_limits_the_message_names_those_out_of_reach_and_tells_how_far_the_others_go():
+    problem = make_problem()
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, constraints_from({"memory_mib": 1.0, "speedup": 1.2}, problem))
+    first, memory, speedup, last = str(error.value).splitlines()
+    assert first == f"no architecture fits memory_mib 1.0 in scenario {SCENARIO}:"
+    assert "memory_mib 1.0: smallest reachable is" in memory and "speedup 1.2: largest reachable is" in speedup
+    assert last.startswith("Relax")
+
+
+def test_limits_that_only_conflict_together_come_with_what_is_left_of_each():
+    # kv1 saves 4 ms and costs 4 MiB, w768 the other way round: what helps one limit breaks the other.
+    cheap, dear, parent = 1.0, 9.0, 5.0
+    ms = {("attention", 1): cheap, ("ffn", 1): dear}
+    mib = {("attention", 1): dear, ("ffn", 1): cheap}
+
+    def cost(subblock, k, metric):
+        share = {"prefill_ms": ms, "param_bytes": mib}.get(metric)
+        return 0.0 if share is None else share.get((subblock, k), parent) * (2**20 if share is mib else 1)
+
+    problem = make_problem(num_layers=2, attention=["parent", "kv1"], ffn=["parent", "w768"], cost=cost)
+    limits = {"prefill_ms": 18.0, "memory_mib": 20.0}  # each reaches 17 alone
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, constraints_from(limits, problem))
+    first, prefill, memory, _ = str(error.value).splitlines()
+    assert first == f"no architecture fits prefill_ms 18.0 with memory_mib 20.0 in scenario {SCENARIO}:"
+    assert "smallest reachable is 17 alone; while the others hold, 33 (prefill_ms 17, limit 18)" in prefill
+    assert "smallest reachable is 17 alone; while the others hold, 33 (memory_mib 17, limit 20)" in memory
+
+
+def test_a_time_limit_that_leaves_nothing_is_no_proof_of_infeasibility():
+    problem = make_problem()
+    with pytest.raises(TimeoutError, match="speedup 1.5 .* within 1e-09 s .*search.time_limit_s"):
+        solve(problem, constraints_from({"speedup": 1.5}, problem), time_limit_s=1e-9)
+
+
+def test_a_solution_cut_short_by_the_time_limit_is_feasible_and_brackets_the_optimum():
+    problem = make_problem(num_layers=60, ffn=["parent", *(f"w{width}" for width in range(1000, 0, -125)), "no_op"])
+    constraints = constraints_from({"speedup": 1.9, "memory_fraction": 0.5}, problem)
+    optimum = solve(problem, constraints)
+    hurried = None
+    for time_limit_s in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):  # the first in which this machine finds anything
+        try:
+            hurried = solve(problem, constraints, time_limit_s)
+            break
+        except TimeoutError:
+            continue
+    assert hurried and hurried.bound <= optimum.score * (1 + 1e-9) and optimum.score <= hurried.score * (1 + 1e-9)
+    assert (hurried.status == "optimal") == (hurried.gap < 1e-6)
+    assert all(hurried.totals[c.total] <= c.upper * (1 + 1e-9) for c in constraints)
+
+
+def test_scored_variants_without_a_cost_are_named_with_the_stage_that_measures_them():
+    scores, costs = make_tables()
+    kept = costs[(costs["variant"] != "kv1") & ~((costs["variant"] == "w384") & (costs["metric"] == "decode_ms"))]
+    with pytest.raises(ValueError, match=r"attention kv1 \(prefill_ms, .*ffn w384 \(decode_ms\).*profile-hardware"):
+        Problem.from_tables(scores, kept, "kl", SCENARIO)
+    with pytest.raises(ValueError, match="outside parent .*profile-hardware"):
+        Problem.from_tables(scores, costs[costs["subblock"] != "outside"], "kl", SCENARIO)
+    extra = pd.concat([costs, costs[costs["variant"] == "kv1"].assign(variant="kv16")])
+    problem = Problem.from_tables(scores, extra, "kl", SCENARIO)
+    assert len(problem.options) == len(scores)  # a cost without a score is no option
+
+
+def test_an_unknown_metric_or_scenario_comes_with_those_in_the_table():
+    scores, costs = make_tables()
+    with pytest.raises(ValueError, match="no metric 'lm_loss' in the scores table, which has: kl"):
+        Problem.from_tables(scores, costs, "lm_loss", SCENARIO)
+    with pytest.raises(ValueError, match=f"no scenario 'b1p1g1' in the costs table, which has: {SCENARIO}"):
+        Problem.from_tables(scores, costs, "kl", "b1p1g1")
+
+
+@pytest.mark.parametrize(
+    "gone, named",
+    [
+        ("layer == 1", "layer 1 attention parent, layer 1 ffn parent"),
+        ("layer == 2 and subblock == 'ffn'", "layer 2 ffn parent"),
+        ("layer == 0 and variant == 'parent'", "layer 0 attention parent, layer 0 ffn parent"),
+    ],
+)
+def test_layers_subblocks_and_parents_that_are_missing_are_named(gone, named):
+    scores, costs = make_tables()
+    with pytest.raises(ValueError, match=f"scores table has no {named}, but has layer 3. Rerun score"):
+        Problem.from_tables(scores.query(f"not ({gone})"), costs, "kl", SCENARIO)
+
+
+def test_the_tables_of_these_tests_fit_the_schemas():
+    scores, costs = make_tables()
+    tables.check("scores", scores)
+    tables.check("costs", costs)
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    scores, costs = make_tables()
+    shuffled = [table.sample(frac=1, random_state=1) for table in (scores, costs)]
+    one, other = (Problem.from_tables(*pair, "kl", SCENARIO) for pair in ((scores, costs), shuffled))
+    limits = {"params_fraction": 0.5}
+    first, second = (solve(p, constraints_from(limits, p)) for p in (one, other))
+    assert (first.architecture, first.totals) == (second.architecture, second.totals)
+
+
+def test_thirty_layers_of_nine_options_are_proven_optimal_in_seconds():
+    problem = make_problem(num_layers=30, ffn=[*FFN, "linear"])
+    solution = solve(problem, constraints_from({"speedup": 1.8, "memory_fraction": 0.5}, problem), time_limit_s=10)
+    assert solution.status == "optimal" and solution.seconds < 10
+
+
+def test_importing_the_search_does_not_import_torch():
+    command = "import puzzle_core.search, sys; assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)
