@@ -24,7 +24,7 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -q
 
 lock: $(STAMP)
 	$(BIN)/python -m pip freeze | sed 's/+cpu//' | grep -v '^pip==\|^setuptools==' > requirements.lock

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from pyarrow import ArrowInvalid
 from tqdm import tqdm
 
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -43,7 +44,7 @@ def documents(
             try:
                 rows = load_dataset(reader, data_files=str(file), split="train", streaming=True, **options)
                 yield from _texts(rows, "text" if reader == "text" else text_column, file)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read as {reader} ({error})") from error
     else:
         raise ValueError(f"unknown corpus source '{source}'; known: files, hub")
@@ -59,7 +60,7 @@ def _texts(rows: Iterable[dict], column: str, where: object) -> Iterator[str]:
 
 def _in_validation(text: str, fraction: float) -> bool:
     """By content, so that a document stays on its side whatever else the corpus holds."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) < fraction * 2**32
+    return int.from_bytes(hashlib.sha256(b"validation?" + text.encode()).digest()[:4]) < fraction * 2**32
 
 
 class Corpus:

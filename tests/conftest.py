@@ -1,0 +1,98 @@
+"""Shared by the tests: pico parents of each family, and workspaces in which stages and DVC really run."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle_core import surgery
+from puzzle_core.checkpoint import Parent, build_subblock, load_parent
+from puzzle_core.spec import Architecture, Variant
+
+ROOT = Path(__file__).resolve().parents[1]
+PICO = ["parent=pico", "search_space=pico", "bld=pico", "score=pico", "workload=pico", "gkd=pico", "hardware=cpu"]
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
+    "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org",
+}  # fmt: skip
+PICO_CONFIG = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def pico_parent(model_type: str = "llama", **changes) -> Parent:
+    return load_parent("random", config={"model_type": model_type, **PICO_CONFIG, **changes})
+
+
+@pytest.fixture(scope="session")
+def pico() -> Parent:
+    return pico_parent()
+
+
+def variants(parent: Parent, directory: Path):
+    """A `weights_of` for make_child that initialises each variant on demand."""
+    from safetensors.torch import save_file
+
+    def weights_of(layer: int, subblock: str, variant: Variant) -> Path:
+        module = build_subblock(parent, layer, subblock, variant)
+        importance = torch.rand(160, generator=torch.Generator().manual_seed(layer))
+        names = parent.family.subblock(subblock)
+        surgery.initialise(parent.module(layer, subblock), module, names, variant, importance)
+        path = directory / f"{layer}-{subblock}-{variant}.safetensors"
+        save_file(module.state_dict(), path)
+        return path
+
+    return weights_of
+
+
+def architecture(*layers: str) -> Architecture:
+    """`architecture("kv1 w80", "no_op linear")`: attention and FFN of each layer."""
+    return Architecture(tuple(tuple(map(Variant.parse, layer.split())) for layer in layers))
+
+
+def run(command: list, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in a workspace; AssertionError with its output if it fails and `check` is set."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert not check or done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def stage(name: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-m", f"stages.{name}", *PICO, *overrides], cwd, check, **environment)
+
+
+def copy_of_the_project(target: Path) -> Path:
+    """The project as git sees it (uncommitted changes too), as a repository of its own with the pico presets in use."""
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).stdout.split("\n")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and not name.startswith(("data/metrics/", "data/plots/")) and name != "dvc.lock":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    params = (target / "params.yaml").read_text()
+    for old, new in {
+        "parent: smollm2-135m": "parent: pico", "search_space: demo": "search_space: pico", "bld: demo": "bld: pico",
+        "score: demo": "score: pico", "workload: demo": "workload: pico", "gkd: demo": "gkd: pico", "hardware: auto": "hardware: cpu",
+        "speedup: 1.3 ": "speedup: null ", "params_fraction: null": "params_fraction: 0.8", "repeats: 3": "repeats: 1",
+    }.items():  # fmt: skip
+        assert old in params, old
+        params = params.replace(old, new)
+    (target / "params.yaml").write_text(params)
+    run(["git", "init", "-q", "-b", "main"], target)
+    run(["git", "add", "-A"], target)
+    run(["git", "commit", "-qm", "start"], target)
+    return target

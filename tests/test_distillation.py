@@ -1,0 +1,187 @@
+"""Initialisation, training, scoring and healing do what their formulas say, on the pico parent."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, architecture, variants
+from torch import nn
+
+from puzzle_core import bld, costs, evaluation, gkd, scoring, surgery, tables
+from puzzle_core.checkpoint import make_child, resolve_space
+from puzzle_core.corpus import Corpus
+from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
+from puzzle_core.trace import layer_inputs, start_at
+
+EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
+SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, 0.01, 1e-3, 0.1, 0.0, 1.0)
+SPACE = {"attention": ["kv1", "linear", "no_op"], "ffn": ["w80", "linear", "no_op"]}
+
+
+@pytest.fixture(scope="session")
+def corpus(pico) -> Corpus:
+    return Corpus(pico.tokenizer, EXCERPT)
+
+
+@pytest.fixture(scope="session")
+def library(pico, corpus, tmp_path_factory):
+    blocks = tmp_path_factory.mktemp("library") / "blocks"
+    space = resolve_space(SPACE, pico.model.config, pico.family)
+    jobs = bld.jobs(pico, space, SETTINGS, 0, corpus)
+    table, _ = bld.train_library(pico, jobs, corpus, SETTINGS, 0, blocks)
+    return tables.check("library", table), blocks, jobs
+
+
+def test_packing_is_deterministic_full_and_split_by_document(corpus):
+    one, two = (corpus.sequences("train", 5000, 64, seed="a") for _ in range(2))
+    assert np.array_equal(one, two) and one.shape == (79, 64)
+    assert not np.array_equal(one, corpus.sequences("train", 5000, 64, seed="b"))
+    assert not set(corpus.splits["train"]) & set(corpus.splits["validation"])
+    share = len(corpus.splits["validation"]) / sum(map(len, corpus.splits.values()))
+    assert 0.07 < share < 0.13
+
+
+def test_a_corpus_too_small_says_how_much_it_has_and_needs(corpus):
+    with pytest.raises(ValueError, match=r"too small: its validation split has [\d,]+ tokens, [\d,]+ are needed"):
+        corpus.sequences("validation", 10**8, 64, seed="a")
+
+
+def test_ridge_with_a_weak_prior_is_least_squares_and_with_a_strong_one_the_prior():
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(500, 12, generator=generator), torch.randn(500, 5, generator=generator)
+    for strength, expected in ((1e-9, torch.linalg.lstsq(inputs, targets).solution.T), (1e9, None)):
+        last = nn.Linear(12, 5, bias=False)
+        expected = last.weight.detach().clone() if expected is None else expected
+        statistics = surgery.RidgeStatistics(last)
+        for half in (slice(0, 250), slice(250, 500)):
+            statistics.add(inputs[half], targets[half])
+        statistics.refit(last, strength)
+        torch.testing.assert_close(last.weight.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ridge_fits_the_bias_where_there_is_one():
+    inputs = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    last = nn.Linear(6, 3)
+    weight, bias = torch.randn(3, 6), torch.randn(3)
+    statistics = surgery.RidgeStatistics(last)
+    statistics.add(inputs, inputs @ weight.T + bias)
+    statistics.refit(last, 1e-10)
+    torch.testing.assert_close(last.weight.detach(), weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(last.bias.detach(), bias, atol=1e-3, rtol=1e-3)
+
+
+def test_training_lowers_the_loss_of_most_variants_and_no_op_is_one(library):
+    table = library[0].set_index(["layer", "subblock", "variant"])
+    trained = table[table.num_tokens > 0]
+    assert len(trained) == 8 and (trained.loss_after < trained.loss_before).mean() > 0.7
+    assert (table.xs("parent", level="variant")[["loss_before", "loss_after"]] == 0).all(None)
+    np.testing.assert_allclose(table.xs("no_op", level="variant").loss_after, 1.0)
+    assert (table.xs("linear", level="variant").loss_after < 1).all()
+
+
+def test_refitting_lowers_the_loss(pico, corpus, library, tmp_path):
+    bare = bld.Settings(64, 4, 1024, 0, 512, None, 1e-3, 0.1, 0.0, 1.0)
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, bare, 0, corpus)
+    unfitted, _ = bld.train_library(pico, jobs, corpus, bare, 0, tmp_path / "blocks")
+    fitted = library[0].query("variant == 'w80'")
+    assert (fitted.loss_before.to_numpy() < unfitted.loss_after.to_numpy()).all()
+
+
+def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, corpus, library, tmp_path):
+    table, _, _ = library
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, SETTINGS, 0, corpus)
+    alone, _ = bld.train_library(pico, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
+    pd.testing.assert_frame_equal(alone, table.query("variant == 'w80'").reset_index(drop=True))
+
+
+def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, library, tmp_path):
+    table, blocks, _ = library
+    before = {f.name: f.stat().st_mtime_ns for f in blocks.iterdir()}
+    space = resolve_space({**SPACE, "ffn": [*SPACE["ffn"], "w48"]}, pico.model.config, pico.family)
+    settings = scoring.Settings(256, 64, 4)
+    no_rows = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
+    scores, made = scoring.score_library(pico, table, blocks, corpus, settings, no_rows, lambda rows: None)
+    assert made == len(table) == 32
+    grown, made = bld.train_library(pico, bld.jobs(pico, space, SETTINGS, 0, corpus), corpus, SETTINGS, 0, blocks)
+    assert made == 4 and len(grown) == 36
+    assert {f.name: f.stat().st_mtime_ns for f in blocks.iterdir() if "w48" not in f.name} == before
+    _, made = scoring.score_library(pico, grown, blocks, corpus, settings, scores, lambda rows: None)
+    assert made == 4
+    shrunk, made = bld.train_library(pico, library[2], corpus, SETTINGS, 0, blocks)
+    assert made == 0 and {f.name for f in blocks.iterdir()} == set(before)
+    pd.testing.assert_frame_equal(tables.check("library", shrunk), table)
+
+
+def test_nan_in_training_names_the_variant(pico, corpus, tmp_path):
+    hot = bld.Settings(64, 4, 1024, 4096, 512, None, 1e30, 0.1, 0.0, 1.0)
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, hot, 0, corpus)
+    with pytest.raises(FloatingPointError, match=r"variant w80 of ffn in layer 0 is (nan|inf).*lower `lr`"):
+        bld.train_library(pico, jobs, corpus, hot, 0, tmp_path / "blocks")
+    assert not list((tmp_path / "blocks").glob("*.safetensors"))
+
+
+@torch.no_grad()
+def test_a_score_is_the_kl_of_the_child_with_that_one_replacement(pico, corpus, library):
+    table, blocks, _ = library
+    rows = table.query("layer == 2 and variant == 'w80'")
+    settings = scoring.Settings(512, 64, 4)
+    no_rows = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
+    scores, _ = scoring.score_library(pico, rows, blocks, corpus, settings, no_rows, lambda rows: None)
+    child = make_child(pico, architecture(*["parent parent"] * 2, "parent w80", "parent parent"), tables.variant_files(table, blocks))
+    ids = torch.as_tensor(np.concatenate(corpus.batches("validation", 512, 64, 4, seed="score")))
+    p, c = (model(ids).logits.double() for model in (pico.model, child))
+    kl = nn.functional.kl_div(c.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum") / ids.numel()
+    loss = [nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for x in (c, p)]
+    got = scores.set_index("metric").value
+    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3)
+    assert got["lm_loss"] == pytest.approx((loss[0] - loss[1]).item(), abs=1e-5)
+    measured = evaluation.compare(pico.model, child, list(ids.numpy().reshape(-1, 4, 64)))["child"]
+    assert measured["kl"] == pytest.approx(kl.item(), rel=1e-3)
+    assert measured["perplexity"] == pytest.approx(loss[0].exp().item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_starting_at_a_layer_equals_the_whole_forward(pico):
+    ids = torch.randint(1, 257, (2, 16))
+    hiddens, _ = layer_inputs(pico, ids)
+    whole = pico.model(ids).logits
+    for layer, hidden in enumerate(hiddens):
+        with start_at(pico, layer, hidden):
+            torch.testing.assert_close(pico.model(ids, use_cache=False).logits, whole)
+    assert torch.equal(pico.model(ids).logits, whole)  # and nothing is left behind
+
+
+def test_costs_cover_the_space_and_sum_to_the_model(pico):
+    space = resolve_space(SPACE, pico.model.config, pico.family)
+    scenario = Scenario(2, 16, 4)
+    table = tables.check("costs", costs.profile(pico, space, scenario, repeats=2, warmup=1, decode_steps=2))
+    value = table.set_index(["subblock", "variant", "metric"]).value
+    expected = {(s, str(v)) for s, some in space.items() for v in some} | {(OUTSIDE, "parent")}
+    assert set(zip(table.subblock, table.variant, strict=True)) == expected
+    assert (value.xs(str(NO_OP), level="variant") == 0).all()
+    params = sum(p.numel() for p in pico.model.parameters())
+    blocks = 4 * sum(value[subblock, "parent", "num_params"] for subblock in space)
+    assert value[OUTSIDE, str(PARENT), "num_params"] + blocks == params
+    assert value["attention", "kv1", "kv_bytes_per_token"] * 2 == value["attention", "parent", "kv_bytes_per_token"]
+    assert set(table.source[table.unit == "ms"]) == {"measured"}
+
+
+def test_gkd_brings_the_child_closer_to_the_parent(pico, corpus, tmp_path):
+    child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
+    batches = corpus.batches("validation", 1024, 64, 4, seed="evaluation")
+    before = evaluation.compare(pico.model, child, batches)["child"]["kl"]
+    settings = gkd.Settings(64, 4, 8192, 1e-3, 0.1, 0.0, 1.0, 1.0, 1.0, 100)
+    curve = gkd.distill(pico.model, child, list(corpus.sequences("train", 8192, 64, seed="gkd")), settings, 0, tmp_path / "work")
+    assert len(curve) == 32 and {"step", "loss", "kl", "cosine", "learning_rate"} == set(curve[0])
+    assert evaluation.compare(pico.model, child, batches)["child"]["kl"] < 0.8 * before
+
+
+def test_gkd_losses_are_zero_between_a_model_and_itself(pico):
+    out = pico.model(torch.randint(1, 257, (2, 16)), output_hidden_states=True)
+    assert gkd.kl_loss(out.logits, out.logits).item() == pytest.approx(0, abs=1e-6)
+    assert gkd.cosine_loss(out.hidden_states, out.hidden_states).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_shares_become_sizes_of_the_parent(pico):
+    space = resolve_space({"attention": ["kv50%", "kv25%"], "ffn": ["w87%", "w50%", "w10%"]}, pico.model.config, pico.family)
+    assert list(map(str, space["attention"])) == ["parent", "kv1"]
+    assert list(map(str, space["ffn"])) == ["parent", "w128", "w64", "w32"]

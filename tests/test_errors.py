@@ -1,0 +1,156 @@
+"""Bad input: one clear error that says what to do, exit code not 0, nothing half-written."""
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, copy_of_the_project, run, stage
+
+from puzzle_core import tables
+from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
+from puzzle_core.corpus import Corpus
+from puzzle_core.families import FAMILIES, Family, family_of
+from puzzle_core.spec import Variant
+
+
+def one_error(done, *words: str) -> str:
+    """The stage failed with one line that has all of `words`, and no traceback."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.split("\n") if "error:" in line]
+    assert all(word in line for word in words), line
+    return line
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path):
+    project = copy_of_the_project(tmp_path / "project")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("parent: pico", "parent: pcio"))
+    done = run(["python", "-m", "stages.search"], project, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no preset 'pcio' in conf/parent/. Did you mean 'pico'?" in done.stderr
+
+
+def test_an_unknown_family_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown model family 'lama'. Did you mean 'llama'\? Known: llama, mistral"):
+        family_of("lama")
+    with pytest.raises(ValueError, match="unknown model family 'mamba'"):
+        load_parent("random", config={"model_type": "mamba"})
+
+
+def test_a_llama_like_family_is_one_line(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "granite", Family())
+    from conftest import pico_parent
+
+    parent = pico_parent("granite")
+    assert len(parent.layers) == 4 and parent.module(0, "attention").q_proj is not None
+
+
+def test_bad_corpora_say_what_is_wrong(pico, tmp_path):
+    (tmp_path / "small.txt").write_text("Too short. " * 50)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    pd.DataFrame({"content": ["a"]}).to_parquet(tmp_path / "column.parquet")
+    cases = {
+        "missing": ("no corpus at", "conf/corpus/"),
+        "small.txt": ("too small", "needed", "token budget"),
+        "broken.parquet": ("broken.parquet cannot be read as parquet",),
+        "column.parquet": ("no column 'text', only content",),
+    }
+    for name, words in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError)) as raised:
+            preset = {"source": "files", "path": str(tmp_path / name), "validation_fraction": 0.5}
+            Corpus(pico.tokenizer, preset).sequences("train", 10**4, 64, seed="")
+        assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_stage_that_fails_leaves_no_table(tmp_path):
+    one_error(stage("bld", f"corpus.path={tmp_path / 'missing'}", f"out={tmp_path}", check=False), "no corpus at", "conf/corpus/")
+    assert not (tmp_path / "library.parquet").exists()
+
+
+def pico_tables(data):
+    """Scores and costs of one layer, enough for a search."""
+    rows = [("attention", "parent", 0.0, 2.0), ("attention", "no_op", 0.5, 0.0), ("ffn", "parent", 0.0, 3.0), ("ffn", "w80", 0.2, 2.0)]
+    common = {"layer": 0, "metric": "kl", "num_tokens": 1, "fingerprint": ""}
+    scores = [{**common, "subblock": s, "variant": v, "value": score} for s, v, score, _ in rows]
+    tables.write("scores", pd.DataFrame(scores), data / "scores.parquet")
+    units = {"prefill_ms": "ms", "decode_ms": "ms", "param_bytes": "bytes", "num_params": "count", "kv_bytes_per_token": "bytes"}
+    common = {"scenario": "b2p16g8", "source": "analytic", "hardware": "none"}
+    costs = [
+        {**common, "subblock": s, "variant": v, "metric": m, "value": cost, "unit": unit}
+        for s, v, _, cost in [*rows, ("outside", "parent", 0.0, 1.0)]
+        for m, unit in units.items()
+    ]
+    tables.write("costs", pd.DataFrame(costs), data / "costs.parquet")
+
+
+def test_bad_searches_say_what_can_be_reached(tmp_path):
+    pico_tables(tmp_path)
+    where = [f"out={tmp_path}", f"data={tmp_path}", "constraints.speedup=null"]
+    one_error(stage("search", *where, "constraints.speedup=9", check=False), "speedup 9.0", "largest reachable is 2")
+    one_error(stage("search", *where, "search.metric=klx", check=False), "no metric 'klx'", "kl")
+    one_error(stage("search", *where, "workload.batch_size=64", check=False), "no scenario 'b64p16g8'", "b2p16g8")
+    one_error(stage("search", *where, "+constraints.speedupp=2", check=False), "did you mean 'speedup'")
+    assert not (tmp_path / "solution.json").exists()
+    (tmp_path / "costs.parquet").write_bytes(b"nothing")
+    one_error(stage("search", *where, check=False), "costs.parquet is not a readable parquet file")
+    (tmp_path / "costs.parquet").unlink()
+    one_error(stage("search", *where, check=False), "costs.parquet is missing", "dvc pull")
+
+
+def test_a_variant_outside_the_library_names_those_inside(tmp_path):
+    library = pd.DataFrame({"layer": [0], "subblock": ["ffn"], "variant": ["w80"], "path": ["x"]})
+    find = tables.variant_files(library, tmp_path)
+    with pytest.raises(ValueError, match="variant w48 of ffn in layer 0 is not in the library; there are: w80"):
+        find(0, "ffn", Variant("w", 48))
+
+
+@pytest.mark.parametrize(
+    ("subblock", "text", "complaint"),
+    [
+        ("attention", "kv3", "num_key_value_heads is 2; expected one of"),
+        ("ffn", "w160", "intermediate_size is 160; expected between 1 and 159"),
+        ("ffn", "kv1", "'kv1' is not a variant of ffn"),
+        ("attention", "w80", "'w80' is not a variant of attention"),
+        ("ffn", "lineal", "'lineal' is not a variant of ffn"),
+    ],
+)
+def test_a_variant_that_the_parent_cannot_have_is_refused(pico, subblock, text, complaint):
+    space = {"attention": [], "ffn": [], subblock: [text]}
+    with pytest.raises(ValueError, match=complaint):
+        resolve_space(space, pico.model.config, pico.family)
+
+
+def test_a_damaged_or_missing_parent_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF?")
+    with pytest.raises(ValueError, match="sha256 is .*, expected 00"):
+        load_parent("gguf", path=str(tmp_path / "model.gguf"), sha256="00")
+    with pytest.raises(FileNotFoundError, match="no parent at .*conf/parent/"):
+        load_parent("directory", path=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="package 'no_such_package', which is not installed"):
+        load_parent("gguf", path="x", package="no_such_package")
+    with pytest.raises(ValueError, match="unknown parent source 'web'"):
+        load_parent("web")
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        pick_device("cuda")
+
+
+def test_a_parent_directory_loads_like_the_model_it_was_saved_from(pico, tmp_path):
+    import torch
+
+    pico.model.save_pretrained(tmp_path)
+    pico.tokenizer.save_pretrained(tmp_path)
+    loaded = load_parent("directory", path=str(tmp_path))
+    ids = torch.randint(1, 257, (1, 8))
+    assert torch.equal(loaded.model(ids).logits, pico.model(ids).logits)
+    assert loaded.identity != pico.identity
+
+
+def test_the_documented_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\nrun:" in makefile and "\ntest:" in makefile
+    assert yaml.safe_load((ROOT / "params.yaml").read_text())["use"]["parent"] == "smollm2-135m"

@@ -1,0 +1,159 @@
+"""The real dvc.yaml on the pico parent: what each edit reruns, sweeps, experiments, sharing."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ENVIRONMENT, copy_of_the_project, run
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+STAGES = ["bld", "score", "profile-hardware", "search", "assemble", "gkd"]
+
+
+def ran(done: subprocess.CompletedProcess) -> list[str]:
+    """The stages that a `dvc repro` really ran."""
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in done.stdout]
+
+
+def repro(project: Path, *options: str) -> list[str]:
+    return ran(run(["dvc", "repro", *options], project))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A project whose pipeline has run once, committed."""
+    project = copy_of_the_project(tmp_path_factory.mktemp("pipeline") / "project")
+    assert repro(project) == STAGES
+    run(["git", "add", "-A"], project)
+    run(["git", "commit", "-qm", "first run"], project)
+    return project
+
+
+@pytest.fixture
+def undo(project):
+    """Whatever a test edits is taken back; what it ran stays in DVC's run cache."""
+    yield
+    run(["git", "checkout", "-q", "--", "."], project)
+    run(["git", "clean", "-qfd"], project)
+    run(["dvc", "checkout", "-q", "--force"], project)
+
+
+def edit(project: Path, file: str, old: str, new: str) -> None:
+    text = (project / file).read_text()
+    assert old in text, (file, old)
+    (project / file).write_text(text.replace(old, new))
+
+
+def would_run(project: Path) -> list[str]:
+    """What `dvc status` finds changed, and all that follows it in the graph."""
+    changed = {name for name in json.loads(run(["dvc", "status", "--json"], project).stdout)}
+    stages = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    paths = {
+        name: [next(iter(out)) if isinstance(out, dict) else out for kind in ("outs", "metrics", "plots") for out in s.get(kind, [])]
+        for name, s in stages.items()
+    }
+    for name in STAGES:  # in topological order
+        if any(dep in paths[other] for dep in stages[name]["deps"] for other in changed if other in paths):
+            changed.add(name)
+    return [name for name in STAGES if name in changed]
+
+
+def test_a_run_answers_what_did_i_get(project):
+    rows = {row: json.loads((project / f"data/metrics/{row}.json").read_text()) for row in ("parent", "predicted", "child", "distilled")}
+    assert rows["parent"]["kl"] == 0 and rows["child"]["kl"] > 0
+    assert rows["child"]["num_params"] == rows["predicted"]["num_params"] < 0.8 * rows["parent"]["num_params"] + 1
+    assert rows["child"]["memory_mib"] == pytest.approx(rows["predicted"]["memory_mib"])
+    shown = run(["dvc", "metrics", "show"], project).stdout
+    assert all(f"{row}.json" in shown for row in rows) and "perplexity" in shown
+    run(["dvc", "plots", "show"], project)
+    page = (project / "dvc_plots" / "index.html").read_text()
+    assert "GKD loss" in page and list((project / "dvc_plots" / "static").glob("*architecture.png"))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("params.yaml", "params_fraction: 0.8", "params_fraction: 0.9", ["search", "assemble", "gkd"]),
+        ("params.yaml", "workload: pico", "workload: demo", ["profile-hardware", "search", "assemble", "gkd"]),
+        ("conf/hardware/cpu.yaml", "repeats: 5", "repeats: 4", ["profile-hardware", "search", "assemble", "gkd"]),
+        ("params.yaml", "parent: pico", "parent: smollm2-135m", STAGES),
+        ("conf/parent/pico.yaml", "seed: 0", "seed: 1", STAGES),
+        ("conf/gkd/pico.yaml", "lr: 1.0e-3", "lr: 2.0e-3", ["gkd"]),
+        ("conf/score/pico.yaml", "num_tokens: 512", "num_tokens: 256", ["score", "search", "assemble", "gkd"]),
+        ("conf/search_space/pico.yaml", "[w80,", "[w80, w48,", STAGES),
+        ("conf/parent/pico.yaml", "source: random", "source: random   # a comment", []),
+        ("params.yaml", "seed: 0", "# another comment\nseed: 0", []),
+        ("conf/parent/hub.yaml", "revision: main", "revision: other", []),
+        ("conf/config.yaml", "debug: false", "debug: true", []),
+        ("README.md", "#", "##", []),
+    ],
+)
+def test_an_edit_reruns_what_depends_on_it(project, undo, file, old, new, expected):
+    edit(project, file, old, new)
+    assert would_run(project) == expected
+
+
+def test_a_new_constraint_runs_search_assemble_and_gkd(project, undo):
+    edit(project, "params.yaml", "params_fraction: 0.8", "params_fraction: 0.7")
+    assert repro(project) == ["search", "assemble", "gkd"]
+
+
+def test_a_sweep_leaves_dvc_clean_and_works_beside_a_repro(project, undo):
+    edit(project, "conf/bld/pico.yaml", "train_tokens: 1024", "train_tokens: 16384")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    beside = subprocess.Popen(["dvc", "repro", "bld"], cwd=project, env=ENVIRONMENT, **pipe)
+    while "Running stage 'bld'" not in beside.stdout.readline():
+        assert beside.poll() is None
+    base = [sys.executable, "-m", "stages.search", "-m", "constraints.params_fraction=null"]
+    sweep = run([*base, "constraints.speedup=1.01,1.02,1.03"], project)
+    assert beside.poll() is None, "the repro was over before the sweep was"
+    output = beside.communicate()[0]
+    assert beside.returncode == 0, output
+    (day,) = (project / "multirun" / "search").iterdir()
+    points = sorted(p.name for p in day.iterdir() if p.is_dir())
+    assert points == [f"constraints.params_fraction=null,constraints.speedup={s}" for s in ("1.01", "1.02", "1.03")], sweep.stdout
+    for point in points:
+        assert json.loads((day / point / "solution.json").read_text())["status"] == "optimal"
+        assert (day / point / "plots" / "architecture.png").exists()
+    run(["git", "checkout", "-q", "--", "."], project)
+    run(["dvc", "checkout", "-q", "--force"], project)
+    assert would_run(project) == []
+
+
+def test_a_queued_experiment_runs_in_its_own_workspace(project, undo):
+    run(["dvc", "exp", "run", "--queue", "-S", "constraints.params_fraction=0.75", "--name", "smaller"], project)
+    run(["dvc", "exp", "run", "--run-all", "--jobs", "1"], project)
+    shown = json.loads(run(["dvc", "exp", "show", "--json"], project).stdout)
+    text = json.dumps(shown)
+    assert "smaller" in text
+    run(["dvc", "exp", "apply", "smaller"], project)
+    parent, child = (json.loads((project / f"data/metrics/{row}.json").read_text())["num_params"] for row in ("parent", "child"))
+    assert child <= 0.75 * parent
+
+
+def test_a_second_clone_searches_a_shared_library_without_training(project, undo, tmp_path):
+    remote, clone = tmp_path / "remote", tmp_path / "clone"
+    run(["dvc", "remote", "add", "-d", "-f", "shared", remote], project)
+    run(["dvc", "push", "-q"], project)
+    run(["git", "add", "-A"], project)
+    run(["git", "commit", "-qm", "remote"], project)
+    run(["git", "clone", "-q", project, clone], tmp_path)
+    run(["dvc", "pull", "-q", "data/scores.parquet", "data/costs.parquet"], clone)
+    assert not (clone / "data/blocks").exists()
+    edit(clone, "params.yaml", "params_fraction: 0.8", "params_fraction: 0.85")
+    assert repro(clone, "--allow-missing", "search") == ["search"]
+    assert not (clone / "data/blocks").exists()
+    assert repro(clone, "--pull", "--allow-missing") == ["assemble", "gkd"]
+    tables = [pd.read_parquet(where / "data" / "library.parquet") for where in (project, clone)]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_growing_the_search_space_through_dvc_trains_the_new_variant_only(project, undo):
+    edit(project, "conf/search_space/pico.yaml", "[w80,", "[w80, w48,")
+    done = run(["dvc", "repro", "score"], project)
+    assert "bld: 4 variants made, 32 kept" in done.stdout and "score: 4 variants scored, 32 kept" in done.stdout
+    shutil.rmtree(project / "multirun", ignore_errors=True)
