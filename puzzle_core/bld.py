@@ -9,20 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from puzzle_core import surgery
-from puzzle_core.checkpoint import Parent, build_subblock, num_params
+from puzzle_core.checkpoint import Parent, build_subblock, num_params, variant_row
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, fingerprint
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
 
-VERSION = 1  # raise when a change here changes what a variant's weights are
+VERSION = 1  # raise when a change here, or in a module below, changes what a variant's weights are
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,15 @@ class Settings:
     calibration_tokens: int
     train_tokens: int
     val_tokens: int
-    ridge: float | None  # strength of the refit's prior; None: no refit
+    ridge: list[float] | None  # strengths of the refit's prior to choose from; None: no refit
     lr: float
     warmup_fraction: float
     weight_decay: float
     grad_clip: float
+
+    def __post_init__(self):
+        if self.calibration_tokens < 1 or self.val_tokens < 1:
+            raise ValueError("bld.calibration_tokens and bld.val_tokens must be positive: pruning and the losses are measured on them")
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,7 @@ def train_library(
 
 def _finished(job: Job, blocks: Path) -> dict | None:
     """The row of a variant whose file is whole and was made exactly as `job` would be; else None."""
-    try:
-        with safetensors.safe_open(blocks / job.file_name, "pt") as file:
-            row = json.loads((file.metadata() or {}).get("row", "{}"))
-    except (OSError, safetensors.SafetensorError):
-        return None
+    row = variant_row(blocks / job.file_name)
     return row if row.get("fingerprint") == job.fingerprint else None
 
 
@@ -169,7 +168,7 @@ def _train_layer(run: ParentRun, layer: int, here: list[Job], settings: Settings
 
 def _save(trainee: Trainee, parent: Parent, calls: dict[str, Call], blocks: Path) -> dict:
     """Write the variant's file, with its library row inside so that a later run can tell what it is."""
-    job, attention = trainee.job, trainee.job.subblock == ATTENTION
+    job, attention, module = trainee.job, trainee.job.subblock == ATTENTION, trainee.module.to(parent.model.dtype)
     row = {
         "layer": job.layer,
         "subblock": job.subblock,
@@ -178,15 +177,13 @@ def _save(trainee: Trainee, parent: Parent, calls: dict[str, Call], blocks: Path
         "loss_before": trainee.loss_before,
         "loss_after": trainee.loss_after,
         "num_tokens": trainee.num_tokens,
-        "num_params": num_params(parent, job.layer, job.subblock, trainee.module),
-        "kv_bytes_per_token": kv_bytes_per_token(trainee.module, job.layer, calls[ATTENTION]) if attention else 0,
+        "num_params": num_params(parent, job.layer, job.subblock, module),
+        "kv_bytes_per_token": kv_bytes_per_token(module, job.layer, calls[ATTENTION]) if attention else 0,
         "path": job.file_name,
         "fingerprint": job.fingerprint,
     }
-    own = {} if job.variant == PARENT else trainee.module.state_dict()
-    tensors = {name: tensor.to(parent.model.dtype).contiguous() for name, tensor in own.items()}
     with atomic(blocks / job.file_name) as part:
-        save_file(tensors, part, metadata={"row": json.dumps(row)})
+        save_file({} if job.variant == PARENT else module.state_dict(), part, metadata={"row": json.dumps(row)})
     return row
 
 
@@ -203,19 +200,19 @@ def _initialise(parent: Parent, job: Job, importance_I: Tensor) -> Trainee:
 
 
 @torch.no_grad()
-def _refit(trainee: Trainee, calibration: list[dict[str, Call]], strength: float) -> None:
+def _refit(trainee: Trainee, calibration: list[dict[str, Call]], strengths: list[float]) -> None:
+    """Ridge regression of the last projection; every fourth batch is held out to choose the strength by."""
     inputs: list[Tensor] = []
-    statistics = surgery.RidgeStatistics(trainee.last)
+    fitting, held_out = surgery.RidgeStatistics(trainee.last), surgery.RidgeStatistics(trainee.last)
     handle = trainee.last.register_forward_pre_hook(
         lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    for calls in calibration:
+    for index, calls in enumerate(calibration):
         call = calls[trainee.job.subblock]
         call.replay(trainee.module)
-        statistics.add(inputs.pop(), call.output_BTD)
+        (held_out if index % 4 == 3 else fitting).add(inputs.pop(), call.output_BTD)
     handle.remove()
-    statistics.refit(trainee.last, strength)
-    trainee.init += "+ridge"
+    trainee.init += f"+ridge{surgery.refit(trainee.last, fitting, held_out, strengths):g}"
 
 
 @torch.no_grad()
@@ -250,5 +247,5 @@ def _check_finite(loss: float, job: Job, when: str) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"loss of variant {job.variant} of {job.subblock} in layer {job.layer} is {loss} {when}: "
-            "lower `lr` or raise `ridge` in conf/bld/, or use dtype float32 in conf/parent/"
+            "lower `lr` in conf/bld/, or use dtype float32 in conf/parent/"
         )

@@ -6,6 +6,7 @@ A child is a parent with rows applied: `per_layer_config` is the architecture in
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import cached_file
 
 from puzzle_core import modeling_puzzle
 from puzzle_core.families import Family, family_of
-from puzzle_core.files import atomic, fingerprint
+from puzzle_core.files import atomic, fingerprint, lock
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Variant
 
 _IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}  # our subblocks as per_layer_config's `skip` names them
@@ -43,6 +46,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the first GPU where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"hardware.device is '{name}'; expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU here; use conf/hardware/cpu.yaml or auto.yaml")
     return torch.device(name)
@@ -86,14 +91,14 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _sampled_hash(directory: Path) -> str:
-    """Hash of a checkpoint folder: names, sizes, first and last MiB of its weights and all of its small files."""
+    """Hash of a checkpoint folder: names, sizes, and 64 KiB out of every 4 MiB of its files, which no retraining leaves alone."""
     digest = hashlib.sha256()
     for file in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
         with open(file, "rb") as handle:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + handle.read(1 << 20))
-            if file.stat().st_size > 2 << 20:
-                handle.seek(-(1 << 20), os.SEEK_END)
-                digest.update(handle.read())
+            for start in range(0, file.stat().st_size, 4 << 20):
+                handle.seek(start)
+                digest.update(handle.read(64 << 10))
     return digest.hexdigest()[:16]
 
 
@@ -104,15 +109,20 @@ def _dequantised(file: Path, sha256: str | None) -> Path:
     if sha256 and digest != sha256:
         raise ValueError(f"{file}: sha256 is {digest}, expected {sha256}. The file is damaged or another one: fetch it again.")
     cache = Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle")) / "parents" / digest[:16]
-    if not cache.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        with atomic(cache) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+    with lock(cache.parent, digest[:16], wait=True):  # several stages may want it at once
+        if not cache.is_dir():
+            _dequantise(file, cache)
     return cache
+
+
+def _dequantise(file: Path, cache: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with atomic(cache) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def _gguf_file(path: str, package: str | None) -> Path:
@@ -149,7 +159,9 @@ def load_parent(
     dequantised) or random (`config` of a transformers model, `seed`; byte tokenizer). Only safetensors are read.
     Raises ValueError for an unknown family, FileNotFoundError where the weights are not.
     """
-    content, torch_dtype = "", getattr(torch, dtype)
+    content, torch_dtype = "", getattr(torch, dtype, None)
+    if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
         family_of(config["model_type"])
         model, tokenizer = _random_model(config, seed, torch_dtype), _byte_tokenizer()
@@ -163,7 +175,10 @@ def load_parent(
             content = _sampled_hash(place)
             more.pop("revision")
         family_of(AutoConfig.from_pretrained(place, **more).model_type)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch_dtype, use_safetensors=True, **more)
+        with _damage_named(place):
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch_dtype, use_safetensors=True, **more)
+        if source == "hub":
+            content = Path(cached_file(place, "config.json", revision=revision)).parent.name  # the commit behind the revision
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
     else:
         raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
@@ -175,7 +190,8 @@ def load_parent(
 def resolve_space(space: dict[str, list[str]], config: PreTrainedConfig, family: Family) -> dict[str, list[Variant]]:
     """The variants of each subblock, `w50%` and the like turned into sizes of this parent, the parent itself first.
 
-    A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to the next divisor below.
+    A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to the next divisor below. A share
+    that comes to the parent's own size is the parent.
     ValueError for a variant this parent cannot have.
     """
     resolved = {}
@@ -204,6 +220,8 @@ def _resolve(text: str, config: PreTrainedConfig, family: Family) -> Variant:
     whole = getattr(config, family.size_keys[kind])
     divisors = [n for n in range(1, whole) if whole % n == 0]
     if share is not None:
+        if whole == 1 or (kind == "w" and max(32, round(share * whole / 32) * 32) >= whole):
+            return PARENT
         size = max([n for n in divisors if n <= share * whole] or [1]) if kind == "kv" else max(32, round(share * whole / 32) * 32)
         variant = Variant(kind, size)
     if not variant.size or variant.size >= whole or (kind == "kv" and variant.size not in divisors):
@@ -228,18 +246,25 @@ def _puzzle_section(parent: Parent) -> dict:
     """config.json's `puzzle`: what the modelling file must know of the family."""
     section = parent.family.to_json()
     for subblock in SUBBLOCKS:
-        last = getattr(parent.module(0, subblock), parent.family.subblock(subblock).last)
-        section[subblock]["bias"] = last.bias is not None
+        names, module = parent.family.subblock(subblock), parent.module(0, subblock)
+        section[subblock]["bias"] = any(getattr(module, name).bias is not None for name in (names.first, names.last))
     return section
+
+
+@contextlib.contextmanager
+def _unset_weights(parent: Parent) -> Iterator[None]:
+    """Modules made here have the parent's dtype and device; buffers such as rotary frequencies keep their own dtype."""
+    with no_init_weights(), local_torch_dtype(parent.model.dtype), torch.device(parent.device):
+        yield
 
 
 def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant) -> nn.Module:
     """The bare module of `variant`, its weights not yet set, in the parent's dtype and on its device."""
-    with no_init_weights(), torch.device(parent.device):
+    with _unset_weights(parent):
         built = modeling_puzzle.build_layer(
             parent.layers[layer], parent.model.config, changes(parent.family, subblock, variant), layer, _puzzle_section(parent)
         )
-    return getattr(built, parent.family.subblock(subblock).module).to(parent.model.dtype).eval()
+    return getattr(built, parent.family.subblock(subblock).module).eval()
 
 
 @contextlib.contextmanager
@@ -264,10 +289,33 @@ def num_params(parent: Parent, layer: int, subblock: str, module: nn.Module) -> 
         return sum(p.numel() for part in (module, *parent.norms(layer, subblock)) for p in part.parameters())
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill `module` from one variant's file; ValueError that names the file if it is damaged or does not fit."""
+@contextlib.contextmanager
+def _damage_named(place: object) -> Iterator[None]:
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{place} holds a damaged safetensors file ({error}): fetch or make it again") from error
+
+
+def variant_row(path: Path) -> dict:
+    """The library row that a variant's file carries; {} if there is no whole file there."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("row", "{}"))
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
+def load_weights(module: nn.Module, path: Path, fingerprint: str) -> None:
+    """Fill `module` from one variant's file.
+
+    ValueError that names the file if it is damaged, does not fit, or has not the library row's `fingerprint` ("" is not
+    checked: rows from elsewhere).
+    """
     try:
         module.load_state_dict(load_file(path))
+        if fingerprint and variant_row(path).get("fingerprint") != fingerprint:
+            raise RuntimeError("it was trained under other settings than library.parquet says")
     except (safetensors.SafetensorError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"{path}: not the weights of this variant ({error}). Delete it and run `dvc repro bld`.") from error
 
@@ -286,8 +334,8 @@ def per_layer_config(family: Family, architecture: Architecture) -> dict[int, di
 
 
 @torch.no_grad()
-def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[[int, str, Variant], Path]) -> PreTrainedModel:
-    """The child: the parent's tensors, with the chosen variants' from the files that `weights_of` names."""
+def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[[int, str, Variant], tuple[Path, str]]) -> PreTrainedModel:
+    """The child: the parent's tensors, with the chosen variants' from the files (and fingerprints) that `weights_of` names."""
     overrides = per_layer_config(parent.family, architecture)
     config = type(parent.model.config).from_dict(parent.model.config.to_dict())
     base = type(parent.model)
@@ -297,15 +345,15 @@ def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[
         base = modeling_puzzle.child_class(base)
         base.register_for_auto_class("AutoModelForCausalLM")
     config._attn_implementation = parent.model.config._attn_implementation
-    with no_init_weights(), torch.device(parent.device):
-        child = base(config).to(parent.model.dtype)
+    with _unset_weights(parent):
+        child = base(config)
     child.tie_weights()
     family_layers = child.get_submodule(parent.family.layers)
     own = child.state_dict()
     child.load_state_dict({k: v for k, v in parent.model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
     for layer, subblock, variant in architecture.items():
         if variant not in (PARENT, NO_OP):
-            load_weights(getattr(family_layers[layer], parent.family.subblock(subblock).module), weights_of(layer, subblock, variant))
+            load_weights(getattr(family_layers[layer], parent.family.subblock(subblock).module), *weights_of(layer, subblock, variant))
     child.generation_config = parent.model.generation_config
     return child.eval()
 
@@ -318,7 +366,10 @@ def save_child(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def load_child(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True).eval().to(device)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`")
+    with _damage_named(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True).eval().to(device)
 
 
 _RELOAD = """
@@ -336,11 +387,11 @@ with torch.no_grad():
 
 @torch.no_grad()
 def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor) -> None:
-    """Load the checkpoint in a process that cannot import this project; RuntimeError unless its logits are the child's."""
+    """Load the checkpoint in a process that cannot import this project; ValueError unless its logits are the child's."""
     with tempfile.TemporaryDirectory() as directory:
         batch = Path(directory) / "batch.safetensors"
         save_file({"input_ids": input_ids, "logits": child(input_ids=input_ids, use_cache=False).logits}, batch)
         command = [sys.executable, "-I", "-c", _RELOAD, path.resolve(), batch, child.device, str(child.dtype).removeprefix("torch.")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=directory)
-    if done.returncode or float(done.stdout.split()[-1]) > 1e-3:
-        raise RuntimeError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")
+    if done.returncode or not float(done.stdout.split()[-1]) <= 1e-3:  # so that NaN fails too
+        raise ValueError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")

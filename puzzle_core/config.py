@@ -5,6 +5,7 @@ The only module that knows Hydra and DVC. params.yaml is registered as a Hydra c
 """
 import difflib
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,20 @@ def declared(cfg: DictConfig, stage: str) -> DictConfig:
 def plain(node: DictConfig) -> dict:
     """A config node as plain Python values, which is all that puzzle_core takes."""
     return OmegaConf.to_container(node, resolve=True)
+
+
+def fill(target: Callable, node: DictConfig, **more: object) -> object:
+    """Call `target` with the preset's keys; ValueError that names those it does not know or lacks."""
+    values = plain(node)
+    known = inspect.signature(target).parameters
+    for key in values.keys() - known.keys():
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown key '{key}' in {node._get_full_key(None)}.{hint} Known: {', '.join(known)}.")
+    lacking = [key for key, p in known.items() if p.default is p.empty and key not in values and key not in more]
+    if lacking:
+        raise ValueError(f"{node._get_full_key(None)} lacks {', '.join(lacking)}: see its preset under conf/")
+    return target(**values, **more)
 
 
 def stage(name: str) -> Callable:

@@ -8,7 +8,7 @@ import numpy as np
 from pyarrow import ArrowInvalid
 from tqdm import tqdm
 
-_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_READERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # None: the file is the document
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -40,12 +40,13 @@ def documents(
     elif source == "files":
         for file in _local_files(Path(path)):
             reader = _READERS[file.suffix]
-            options = {"sample_by": "document"} if reader == "text" else {}
             try:
-                rows = load_dataset(reader, data_files=str(file), split="train", streaming=True, **options)
-                yield from _texts(rows, "text" if reader == "text" else text_column, file)
-            except (OSError, RuntimeError, ArrowInvalid) as error:
-                raise ValueError(f"{file} cannot be read as {reader} ({error})") from error
+                if reader is None:
+                    yield file.read_text()
+                else:
+                    yield from _texts(load_dataset(reader, data_files=str(file), split="train", streaming=True), text_column, file)
+            except (OSError, RuntimeError, UnicodeDecodeError, ArrowInvalid) as error:
+                raise ValueError(f"{file} cannot be read as {reader or 'text'} ({error})") from error
     else:
         raise ValueError(f"unknown corpus source '{source}'; known: files, hub")
 
@@ -70,10 +71,10 @@ class Corpus:
         self.tokenizer = tokenizer
         self.where = preset.get("path") or preset.get("id")
         self.splits: dict[str, list[str]] = {"train": [], "validation": []}
-        digest = hashlib.sha256()
-        for text in documents(**preset):
+        digest = hashlib.sha256(str(preset["validation_fraction"]).encode())
+        for text in tqdm(documents(**preset), desc=f"read {self.where}", unit=" docs", leave=False):
             self.splits["validation" if _in_validation(text, preset["validation_fraction"]) else "train"].append(text)
-            digest.update(text.encode())
+            digest.update(f"{len(text)}:{text}".encode())
         self.fingerprint = digest.hexdigest()[:16]
 
     def sequences(self, split: str, num_tokens: int, seq_len: int, seed: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 A variant's time is found by putting it into every layer. Requests to that model, to the parent and to all the other
 variants' models take turns: a variant's cost is the parent's plus the difference within a turn, a layer's share of it.
 So framework overhead and memory traffic are those of real use, drift of the machine cancels, and the parent's predicted
-total is the parent's measured time exactly.
+total is its measured time (but for costs that noise would push below 0, which are set to 0).
 """
 import platform
 import statistics
@@ -150,12 +150,11 @@ def profile(
             for option, done in zip(options, of_variants, strict=True)
         }
         total = statistics.median(getattr(r, metric) for r in of_parent)
-        for subblock in SUBBLOCKS:
-            own = max(0.0, gains[subblock, NO_OP])
-            values[subblock, PARENT][metric] = own
-            total -= own * num_layers
         for (subblock, variant), gain in gains.items():
-            values[subblock, variant][metric] = max(0.0, values[subblock, PARENT][metric] - gain)
+            values[subblock, variant][metric] = max(0.0, gains[subblock, NO_OP] - gain)
+        for subblock in SUBBLOCKS:
+            values[subblock, PARENT][metric] = max(0.0, gains[subblock, NO_OP])
+            total -= values[subblock, PARENT][metric] * num_layers
         values[OUTSIDE, PARENT][metric] = max(0.0, total)
     return pd.DataFrame(
         {
@@ -187,5 +186,6 @@ def side_by_side(models: dict[str, PreTrainedModel], scenario: Scenario, repeats
             "throughput_tokens_per_s": scenario.batch_size * scenario.generation_len / latency_ms * 1000,
             "memory_mib": (sum(p.nbytes for p in params) + done[-1].kv_bytes) / 2**20,
             "num_params": sum(p.numel() for p in params),
+            "kv_mib": done[-1].kv_bytes / 2**20,
         }
     return totals

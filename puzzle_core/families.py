@@ -18,6 +18,7 @@ class Attention:
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
+    first: str = "v_proj"  # what a linear stand-in starts from
     last: str = "o_proj"  # the projection back into the residual stream
 
 
@@ -28,7 +29,7 @@ class Ffn:
     module: str = "mlp"
     norms: tuple[str, ...] = ("post_attention_layernorm",)
     inner: tuple[str, ...] = ("gate_proj", "up_proj")  # projections whose output channels are the FFN's channels
-    linear: str = "up_proj"  # the one of `inner` that a linear stand-in keeps
+    first: str = "up_proj"  # the one of `inner` that a linear stand-in starts from
     last: str = "down_proj"
 
 

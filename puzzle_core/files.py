@@ -22,7 +22,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         if path.is_dir():
-            shutil.rmtree(path)  # a folder cannot be replaced in one step; readers of a folder hold the stage's lock
+            shutil.rmtree(path)  # a folder cannot be replaced in one step
         os.replace(part, path)
     finally:
         _remove(part)
@@ -51,8 +51,8 @@ def read_json(path: str | Path) -> object:
 
 
 @contextlib.contextmanager
-def lock(directory: str | Path, name: str) -> Iterator[None]:
-    """Hold `directory` for the stage `name`; BlockingIOError if another process has it.
+def lock(directory: str | Path, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold `directory` for the stage `name`; unless told to `wait`, BlockingIOError if another process has it.
 
     Killing `dvc repro` leaves its child running, and two writers of one library would fight over every file.
     """
@@ -60,7 +60,7 @@ def lock(directory: str | Path, name: str) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / f".{name}.lock", "w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise BlockingIOError(
                 f"another '{name}' is still writing to {directory}/ (a killed `dvc repro` leaves its stage running). "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from puzzle_core.files import fingerprint
@@ -35,13 +36,18 @@ class Settings:
 
 
 def kl_loss(parent_logits_BTV: Tensor, child_logits_BTV: Tensor) -> Tensor:
-    """Mean over tokens of KL(parent ‖ child), in nats."""
+    """Mean over tokens of KL(parent ‖ child), in nats; the float32 log-probabilities are made again on the way back."""
     parent, child = parent_logits_BTV.flatten(0, 1), child_logits_BTV.flatten(0, 1)
-    total = child.new_zeros((), dtype=torch.float32)
-    for p, c in zip(parent.split(TOKENS_AT_ONCE), child.split(TOKENS_AT_ONCE), strict=True):
-        log_p, log_c = p.float().log_softmax(-1), c.float().log_softmax(-1)
-        total = total + torch.nn.functional.kl_div(log_c, log_p, reduction="sum", log_target=True)
-    return total / len(child)
+    parts = [
+        checkpoint(_kl_sum, p, c, use_reentrant=False)
+        for p, c in zip(parent.split(TOKENS_AT_ONCE), child.split(TOKENS_AT_ONCE), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(child)
+
+
+def _kl_sum(parent_NV: Tensor, child_NV: Tensor) -> Tensor:
+    log_p, log_c = parent_NV.float().log_softmax(-1), child_NV.float().log_softmax(-1)
+    return torch.nn.functional.kl_div(log_c, log_p, reduction="sum", log_target=True)
 
 
 def cosine_loss(parent_hiddens: tuple[Tensor, ...], child_hiddens: tuple[Tensor, ...]) -> Tensor:
@@ -93,7 +99,10 @@ def _last_whole_checkpoint(work: Path) -> str | None:
 @contextmanager
 def work_folder(out: Path, child: Path, settings: Settings, *determined_by: object) -> Iterator[Path]:
     """The folder of a run's checkpoints, named by all that determines the run; removed when the block succeeds."""
-    content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(child.glob("*.safetensors"))]
+    content = []
+    for file in sorted(child.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            content.append(hashlib.file_digest(handle, "sha256").hexdigest())
     work = out / f".gkd-{fingerprint(VERSION, asdict(settings), content, *determined_by)}"
     for stale in set(out.glob(".gkd-*")) - {work}:
         shutil.rmtree(stale)
@@ -104,7 +113,9 @@ def work_folder(out: Path, child: Path, settings: Settings, *determined_by: obje
 def distill(
     parent: PreTrainedModel, child: PreTrainedModel, sequences: list, settings: Settings, seed: int, work: Path
 ) -> list[dict[str, float]]:
-    """Train `child` in place on [N, T] token sequences; returns the curve: step, loss, kl, cosine, learning_rate.
+    """Train `child` (float32) in place on [N, T] token sequences, leave it in the parent's dtype.
+
+    Returns the curve: step, loss, kl, cosine, learning_rate.
 
     Checkpoints go to `work`; a run that finds one there goes on from it, to the same result as an uninterrupted run.
     """
@@ -115,7 +126,7 @@ def distill(
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(settings.warmup_fraction * num_steps)),
+        warmup_steps=round(settings.warmup_fraction * num_steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.grad_clip,
         bf16=parent.device.type == "cuda",
@@ -127,9 +138,11 @@ def distill(
         report_to=[],
         remove_unused_columns=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be DataParallel: another batch size
     dataset = [{"input_ids": torch.as_tensor(row)} for row in sequences]
     trainer = Distiller(parent, settings, model=child.train(), args=arguments, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    child.eval()
+    for parameter in child.eval().parameters():  # not child.to(): rotary frequencies stay in float32
+        parameter.data = parameter.data.to(parent.dtype)
     columns = ("step", "loss", "kl", "cosine", "learning_rate")
     return [{c: row[c] for c in columns if c in row} for row in trainer.state.log_history if "loss" in row]

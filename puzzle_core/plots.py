@@ -80,7 +80,7 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{NAMES[s]} {v}" for s, v in rows], size=9)
     _finish(axes, table.shape[1], len(rows))
     axes.axhline(sum(s == ATTENTION for s, _ in rows) - 0.5, color="white", linewidth=5)
-    figure.colorbar(image, ax=axes, pad=0.01, label=f"{metric}, lower is better (grey: ≤ 0 or no score)")
+    figure.colorbar(image, ax=axes, pad=0.01, label=f"{metric} (grey: ≤ 0 or none)")
     _write(figure, path)
 
 

@@ -15,7 +15,7 @@ from puzzle_core.files import fingerprint
 from puzzle_core.spec import PARENT, Variant
 from puzzle_core.trace import layer_inputs, start_at
 
-VERSION = 1  # raise when a change here changes what a score is
+VERSION = 1  # raise when a change here, or in a module below, changes what a score is
 TOKENS_AT_ONCE = 256  # tokens whose whole vocabulary is normalised at a time
 
 
@@ -32,29 +32,27 @@ class Reference:
     """The parent's predictions on one [B, T] batch of tokens: what a child's logits are compared with."""
 
     def __init__(self, input_ids_BT: Tensor, logits_BTV: Tensor):
-        log_probs = [part.float().log_softmax(-1) for part in logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE)]
         self.input_ids_BT = input_ids_BT
-        self.probs = [part.exp() for part in log_probs]
-        self.neg_entropy = [torch.linalg.vecdot(p, log_p) for p, log_p in zip(self.probs, log_probs, strict=True)]
-        self.lm_loss = _lm_loss(log_probs, input_ids_BT)
+        self.targets = input_ids_BT.roll(-1, dims=1).flatten().split(TOKENS_AT_ONCE)
+        self.counts = torch.ones_like(input_ids_BT, dtype=torch.float64)
+        self.counts[:, -1] = 0  # nothing follows the last token of a row
+        self.probs = [part.float().softmax(-1) for part in logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE)]
+        self.neg_entropy = [torch.special.entr(p).sum(-1).neg() for p in self.probs]
+        self.lm_loss = self.compare(logits_BTV)[1]
 
     def compare(self, logits_BTV: Tensor) -> tuple[float, float]:
         """Sums over the batch, in nats: KL(parent ‖ child) of every token, cross-entropy of the B · (T - 1) predicted ones.
 
-        One log-softmax of the child's logits, TOKENS_AT_ONCE rows at a time, serves both.
+        One log-softmax of TOKENS_AT_ONCE rows of the child's logits at a time serves both.
         """
-        log_probs = [part.float().log_softmax(-1) for part in logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE)]
-        kl = sum(
-            (neg_entropy.double() - torch.linalg.vecdot(p, log_c).double()).sum().item()
-            for p, neg_entropy, log_c in zip(self.probs, self.neg_entropy, log_probs, strict=True)
-        )
-        return kl, _lm_loss(log_probs, self.input_ids_BT)
-
-
-def _lm_loss(log_probs: list[Tensor], input_ids_BT: Tensor) -> float:
-    targets = input_ids_BT.roll(-1, dims=1).flatten().split(TOKENS_AT_ONCE)
-    of_target = torch.cat([part.gather(1, t[:, None])[:, 0] for part, t in zip(log_probs, targets, strict=True)])
-    return -of_target.view(input_ids_BT.shape)[:, :-1].double().sum().item()
+        kl = loss = 0.0
+        counts = self.counts.flatten().split(TOKENS_AT_ONCE)
+        parts = logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE)
+        for part, p, neg_entropy, target, counted in zip(parts, self.probs, self.neg_entropy, self.targets, counts, strict=True):
+            log_c = part.float().log_softmax(-1)
+            kl += (neg_entropy.double() - torch.linalg.vecdot(p, log_c).double()).sum().item()
+            loss -= (log_c.gather(1, target[:, None])[:, 0].double() * counted).sum().item()
+        return kl, loss
 
 
 def score_library(
@@ -68,7 +66,7 @@ def score_library(
     """
     batches = corpus.batches("validation", settings.num_tokens, settings.seq_len, settings.batch_size, seed="score")
     shared = (VERSION, asdict(settings), parent.identity, corpus.fingerprint)
-    wanted = {row.Index: fingerprint(*shared, row.fingerprint) for row in library.itertuples()}
+    wanted = {row.Index: fingerprint(*shared, row.layer, row.subblock, row.variant, row.fingerprint) for row in library.itertuples()}
     done = {fp: rows.to_dict("records") for fp, rows in known.groupby("fingerprint")}
     scores = {index: done[fp] for index, fp in wanted.items() if fp in done}
     missing = library.drop(index=list(scores))
@@ -77,7 +75,7 @@ def score_library(
         with tqdm(total=len(missing), desc="score", unit="variant") as progress:
             for layer, rows in missing.groupby("layer"):
                 for row in rows.itertuples():
-                    values = scorer.score(layer, row.subblock, Variant.parse(row.variant), blocks / row.path)
+                    values = scorer.score(layer, row.subblock, Variant.parse(row.variant), blocks / row.path, row.fingerprint)
                     scores[row.Index] = [
                         {
                             "layer": layer,
@@ -103,16 +101,18 @@ class _Scorer:
         self.parent = parent
         self.num_tokens = sum(batch.numel() for batch in batches)
         self.num_predicted = sum(batch[:, 1:].numel() for batch in batches)
-        self.inputs = [layer_inputs(parent, batch)[0] for batch in batches]
-        self.references = [Reference(batch, parent.model(input_ids=batch, use_cache=False).logits) for batch in batches]
+        self.inputs, self.references = [], []
+        for batch in tqdm(batches, desc="the parent's predictions", unit="batch", leave=False):
+            self.inputs.append(layer_inputs(parent, batch)[0])
+            self.references.append(Reference(batch, parent.model(input_ids=batch, use_cache=False).logits))
 
     @torch.no_grad()
-    def score(self, layer: int, subblock: str, variant: Variant, path: Path) -> dict[str, float]:
+    def score(self, layer: int, subblock: str, variant: Variant, path: Path, fingerprint: str) -> dict[str, float]:
         """KL to the parent, and LM loss over the parent's, in nats a token. The parent's own are 0 by definition."""
         if variant == PARENT:
             return {"kl": 0.0, "lm_loss": 0.0}
         module = build_subblock(self.parent, layer, subblock, variant)
-        load_weights(module, path)
+        load_weights(module, path, fingerprint)
         total_kl = total_increase = 0.0
         with swapped(self.parent, layer, subblock, module):
             for inputs, reference in zip(self.inputs, self.references, strict=True):

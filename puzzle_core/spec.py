@@ -67,6 +67,10 @@ class Scenario:
     prompt_len: int
     generation_len: int
 
+    def __post_init__(self):
+        if min(self.batch_size, self.prompt_len, self.generation_len) < 1:
+            raise ValueError(f"workload {self}: batch size, prompt and generation length must be at least 1")
+
     def __str__(self) -> str:
         return f"b{self.batch_size}p{self.prompt_len}g{self.generation_len}"
 
@@ -128,8 +132,10 @@ class Solution:
         return {self.metric: self.score, "speedup": self.speedup, **self.totals}
 
     def to_json(self) -> dict:
+        plain = asdict(self)
+        del plain["seconds"]  # would make the file, and all that follows it, new at every solve
         return {
-            **asdict(self),
+            **plain,
             "scenario": str(self.scenario),
             "gap": self.gap,
             "architecture": self.architecture.to_json(),
@@ -141,4 +147,4 @@ class Solution:
         fields["architecture"] = Architecture.from_json(content["architecture"])
         fields["scenario"] = Scenario.parse(content["scenario"])
         fields["constraints"] = tuple(Constraint(**c) for c in content["constraints"])
-        return cls(**fields)
+        return cls(seconds=0.0, **fields)

@@ -4,6 +4,7 @@
 Shape letters: D hidden, I FFN channels, H query heads, K key-value heads, E head size, N tokens.
 """
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class RidgeStatistics:
 
     def __init__(self, last: nn.Linear):
         num_inputs = last.in_features + (last.bias is not None)
-        self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=last.weight.device)
-        self.cross = torch.zeros(num_inputs, last.out_features, dtype=torch.float64, device=last.weight.device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=last.weight.device)
+        self.gram, self.cross, self.square = zeros(num_inputs, num_inputs), zeros(num_inputs, last.out_features), zeros(())
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Take in one batch: `inputs` [..., in] of the projection, the parent's `targets` [..., D]."""
@@ -48,22 +49,37 @@ class RidgeStatistics:
             inputs_NI = torch.cat([inputs_NI, inputs_NI.new_ones(len(inputs_NI), 1)], dim=1)
         self.gram += inputs_NI.T @ inputs_NI
         self.cross += inputs_NI.T @ targets_ND
+        self.square += targets_ND.square().sum()
 
-    @torch.no_grad()
-    def refit(self, last: nn.Linear, strength: float) -> None:
-        """Set `last` to argmin ‖X Wᵀ − Y‖² + λ‖W − W₀‖², W₀ its weights so far, λ = strength · mean diagonal of XᵀX.
+    def merge(self, other: "RidgeStatistics") -> None:
+        self.gram, self.cross, self.square = self.gram + other.gram, self.cross + other.cross, self.square + other.square
 
-        The prior W₀ instead of 0 keeps what the parent knew where the calibration tokens say little.
+    def fit(self, prior: Tensor, strength: float) -> Tensor:
+        """argmin over W of ‖X W − Y‖² + λ‖W − prior‖², λ = strength · mean diagonal of XᵀX: [in (+ 1), D].
+
+        A prior instead of 0 keeps what the parent knew where the calibration tokens say little.
         """
-        prior = last.weight.T.double()
-        if last.bias is not None:
-            prior = torch.cat([prior, last.bias.double()[None]])
         ridge = strength * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64, device=prior.device)
-        step = torch.linalg.solve(self.gram + ridge, self.cross - self.gram @ prior)
-        fitted = prior + step
-        last.weight.copy_(fitted[: last.in_features].T)
-        if last.bias is not None:
-            last.bias.copy_(fitted[-1])
+        return prior + torch.linalg.solve(self.gram + ridge, self.cross - self.gram @ prior)
+
+    def error(self, weight: Tensor) -> float:
+        """‖X W − Y‖² / ‖Y‖²."""
+        return (((weight * (self.gram @ weight - 2 * self.cross)).sum() + self.square) / self.square).item()
+
+
+@torch.no_grad()
+def refit(last: nn.Linear, fitting: RidgeStatistics, held_out: RidgeStatistics, strengths: list[float]) -> float:
+    """Refit `last`, its weights so far the prior, with the strength that does best on `held_out`; returns that strength."""
+    prior = last.weight.T.double()
+    if last.bias is not None:
+        prior = torch.cat([prior, last.bias.double()[None]])
+    best = min(strengths, key=lambda strength: held_out.error(fitting.fit(prior, strength)))
+    fitting.merge(held_out)
+    fitted = fitting.fit(prior, best)
+    last.weight.copy_(fitted[: last.in_features].T)
+    if last.bias is not None:
+        last.bias.copy_(fitted[-1])
+    return best
 
 
 def _fewer_kv_heads(parent: nn.Module, child: nn.Module, names: Attention, variant: Variant, importance: None) -> None:
@@ -82,14 +98,17 @@ def _narrower_ffn(parent: nn.Module, child: nn.Module, names: Ffn, variant: Vari
 
 def _linear(parent: nn.Module, child: nn.Linear, names: Attention | Ffn, variant: Variant, importance: object) -> None:
     """W_V · W_O (each token attends to itself), or W_up · W_down with the gate ignored."""
-    first, last = getattr(parent, names.v if isinstance(names, Attention) else names.linear), getattr(parent, names.last)
+    first, last = getattr(parent, names.first), getattr(parent, names.last)
     weight, bias = first.weight, first.bias
     if isinstance(names, Attention):
         weight = repeat_heads(weight, parent.num_key_value_groups, parent.head_dim)
         bias = None if bias is None else repeat_heads(bias, parent.num_key_value_groups, parent.head_dim)
     child.weight.copy_(last.weight @ weight)
     if child.bias is not None:
-        child.bias.copy_(last.bias if bias is None else last.bias + last.weight @ bias)
+        child.bias.zero_()
+        for part in (last.bias, None if bias is None else last.weight @ bias):
+            if part is not None:
+                child.bias.add_(part)
 
 
 # kind: (what the library's `init` column calls it, what fills the tensors whose shape differs from the parent's)

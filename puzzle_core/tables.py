@@ -118,11 +118,14 @@ def write(name: str, table: pd.DataFrame, path: str | Path) -> None:
         table.to_parquet(part, index=False)
 
 
-def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Variant], Path]:
-    """Where the weights of (layer, subblock, variant) are; the lookup raises ValueError for one that is not in the library."""
-    paths = {(row.layer, row.subblock, row.variant): blocks / row.path for row in library.itertuples()}
+def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Variant], tuple[Path, str]]:
+    """Where the weights of (layer, subblock, variant) are, and their fingerprint.
 
-    def find(layer: int, subblock: str, variant: Variant) -> Path:
+    The lookup raises ValueError for a variant that is not in the library.
+    """
+    paths = {(row.layer, row.subblock, row.variant): (blocks / row.path, row.fingerprint) for row in library.itertuples()}
+
+    def find(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
         try:
             return paths[layer, subblock, str(variant)]
         except KeyError as error:

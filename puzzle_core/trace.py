@@ -73,8 +73,10 @@ class Call:
     output_BTD: Tensor
 
     def replay(self, module: nn.Module) -> Tensor:
-        """What `module` says to the same input: [B, T, D]."""
-        return first(module(*self.args, **self.kwargs))
+        """What `module` says to the same input: [B, T, D], computed in the parent's dtype whatever the module's own."""
+        out = self.output_BTD
+        with torch.autocast(out.device.type, dtype=out.dtype, enabled=out.dtype != torch.float32):
+            return first(module(*self.args, **self.kwargs))
 
 
 @torch.no_grad()

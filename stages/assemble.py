@@ -5,7 +5,7 @@ import torch
 
 from puzzle_core import evaluation, tables
 from puzzle_core.checkpoint import load_parent, make_child, pick_device, save_child, verify_reload
-from puzzle_core.config import plain, stage
+from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock, read_json, write_json
 from puzzle_core.spec import Solution
@@ -16,7 +16,7 @@ def run(cfg):
     data, out = Path(cfg.data), Path(cfg.out)
     with lock(out, "assemble"):
         solution = Solution.from_json(read_json(data / "solution.json"))
-        parent = load_parent(**plain(cfg.parent), device=pick_device(cfg.hardware.device))
+        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
         library = tables.read("library", data / "library.parquet")
         child = make_child(parent, solution.architecture, tables.variant_files(library, data / "blocks"))
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))

@@ -3,16 +3,16 @@ from pathlib import Path
 
 from puzzle_core import bld, tables
 from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
-from puzzle_core.config import plain, stage
+from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
 
 
 @stage("bld")
 def run(cfg):
-    out, settings = Path(cfg.out), bld.Settings(**plain(cfg.bld))
+    out, settings = Path(cfg.out), fill(bld.Settings, cfg.bld)
     with lock(out, "bld"):
-        parent = load_parent(**plain(cfg.parent), device=pick_device())
+        parent = fill(load_parent, cfg.parent, device=pick_device())
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
         jobs = bld.jobs(parent, space, settings, cfg.seed, corpus)

@@ -3,17 +3,19 @@ from pathlib import Path
 
 from puzzle_core import costs, tables
 from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
-from puzzle_core.config import plain, stage
+from puzzle_core.config import fill, plain, stage
+from puzzle_core.files import lock
 from puzzle_core.spec import Scenario
 
 
 @stage("profile-hardware")
 def run(cfg):
-    parent = load_parent(**plain(cfg.parent), device=pick_device(cfg.hardware.device))
-    space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
-    scenario = Scenario(**plain(cfg.workload))
-    table = costs.profile(parent, space, scenario, cfg.hardware.repeats, cfg.hardware.warmup, cfg.hardware.decode_steps)
-    tables.write("costs", table, Path(cfg.out) / "costs.parquet")
+    with lock(cfg.out, "profile-hardware"):  # two at once would time each other
+        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
+        space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
+        scenario = fill(Scenario, cfg.workload)
+        table = costs.profile(parent, space, scenario, cfg.hardware.repeats, cfg.hardware.warmup, cfg.hardware.decode_steps)
+        tables.write("costs", table, Path(cfg.out) / "costs.parquet")
     print(f"profile-hardware: {len(table)} costs for {scenario} on {table.hardware[0]}; {cfg.out}/costs.parquet")
 
 

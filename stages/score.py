@@ -3,18 +3,18 @@ from pathlib import Path
 
 from puzzle_core import plots, scoring, tables
 from puzzle_core.checkpoint import load_parent, pick_device
-from puzzle_core.config import plain, stage
+from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
 
 
 @stage("score")
 def run(cfg):
-    data, out, settings = Path(cfg.data), Path(cfg.out), scoring.Settings(**plain(cfg.score))
+    data, out, settings = Path(cfg.data), Path(cfg.out), fill(scoring.Settings, cfg.score)
     table, partial = out / "scores.parquet", out / ".scores.partial.parquet"
     with lock(out, "score"):
         library = tables.read("library", data / "library.parquet")
-        parent = load_parent(**plain(cfg.parent), device=pick_device())
+        parent = fill(load_parent, cfg.parent, device=pick_device())
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         known = tables.read_known("scores", table, partial)
         scores, num_made = scoring.score_library(

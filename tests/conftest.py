@@ -34,7 +34,14 @@ def pytest_configure(config):
 
 
 def pico_parent(model_type: str = "llama", **changes) -> Parent:
-    return load_parent("random", config={"model_type": model_type, **PICO_CONFIG, **changes})
+    """A random parent whose biases, where its family has them, are not the zeros that transformers starts with."""
+    parent = load_parent("random", config={"model_type": model_type, **PICO_CONFIG, **changes})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in parent.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5, generator=generator)
+    return parent
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +53,14 @@ def variants(parent: Parent, directory: Path):
     """A `weights_of` for make_child that initialises each variant on demand."""
     from safetensors.torch import save_file
 
-    def weights_of(layer: int, subblock: str, variant: Variant) -> Path:
+    def weights_of(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
         module = build_subblock(parent, layer, subblock, variant)
         importance = torch.rand(160, generator=torch.Generator().manual_seed(layer))
         names = parent.family.subblock(subblock)
         surgery.initialise(parent.module(layer, subblock), module, names, variant, importance)
         path = directory / f"{layer}-{subblock}-{variant}.safetensors"
         save_file(module.state_dict(), path)
-        return path
+        return path, ""
 
     return weights_of
 

@@ -3,17 +3,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, architecture, variants
+from conftest import PICO_CONFIG, ROOT, architecture, variants
 from torch import nn
 
 from puzzle_core import bld, costs, evaluation, gkd, scoring, surgery, tables
-from puzzle_core.checkpoint import make_child, resolve_space
+from puzzle_core.checkpoint import (
+    build_subblock,
+    load_child,
+    load_parent,
+    load_weights,
+    make_child,
+    resolve_space,
+    save_child,
+    verify_reload,
+)
 from puzzle_core.corpus import Corpus
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
 from puzzle_core.trace import layer_inputs, start_at
 
 EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
-SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, 0.01, 1e-3, 0.1, 0.0, 1.0)
+SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
+NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
 SPACE = {"attention": ["kv1", "linear", "no_op"], "ffn": ["w80", "linear", "no_op"]}
 
 
@@ -40,33 +50,46 @@ def test_packing_is_deterministic_full_and_split_by_document(corpus):
     assert 0.07 < share < 0.13
 
 
+def test_another_split_is_another_corpus(pico, corpus):
+    assert Corpus(pico.tokenizer, {**EXCERPT, "validation_fraction": 0.2}).fingerprint != corpus.fingerprint
+
+
 def test_a_corpus_too_small_says_how_much_it_has_and_needs(corpus):
     with pytest.raises(ValueError, match=r"too small: its validation split has [\d,]+ tokens, [\d,]+ are needed"):
         corpus.sequences("validation", 10**8, 64, seed="a")
 
 
+def ridge(last: nn.Linear, inputs: torch.Tensor, targets: torch.Tensor, strengths: list[float]) -> float:
+    fitting, held_out = surgery.RidgeStatistics(last), surgery.RidgeStatistics(last)
+    for part, statistics in ((slice(0, 100), fitting), (slice(100, 300), fitting), (slice(300, None), held_out)):
+        statistics.add(inputs[part], targets[part])
+    return surgery.refit(last, fitting, held_out, strengths)
+
+
 def test_ridge_with_a_weak_prior_is_least_squares_and_with_a_strong_one_the_prior():
     generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(500, 12, generator=generator), torch.randn(500, 5, generator=generator)
-    for strength, expected in ((1e-9, torch.linalg.lstsq(inputs, targets).solution.T), (1e9, None)):
+    inputs, targets = torch.randn(400, 12, generator=generator), torch.randn(400, 5, generator=generator)
+    for strength in (1e-9, 1e9):
         last = nn.Linear(12, 5, bias=False)
-        expected = last.weight.detach().clone() if expected is None else expected
-        statistics = surgery.RidgeStatistics(last)
-        for half in (slice(0, 250), slice(250, 500)):
-            statistics.add(inputs[half], targets[half])
-        statistics.refit(last, strength)
+        expected = torch.linalg.lstsq(inputs, targets).solution.T if strength < 1 else last.weight.detach().clone()
+        ridge(last, inputs, targets, [strength])
         torch.testing.assert_close(last.weight.detach(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_ridge_fits_the_bias_where_there_is_one():
-    inputs = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    inputs, weight, bias = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)), torch.randn(3, 6), torch.randn(3)
     last = nn.Linear(6, 3)
-    weight, bias = torch.randn(3, 6), torch.randn(3)
-    statistics = surgery.RidgeStatistics(last)
-    statistics.add(inputs, inputs @ weight.T + bias)
-    statistics.refit(last, 1e-10)
+    assert ridge(last, inputs, inputs @ weight.T + bias, [1e3, 1e-10]) == 1e-10  # the one that fits held-out tokens
     torch.testing.assert_close(last.weight.detach(), weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(last.bias.detach(), bias, atol=1e-3, rtol=1e-3)
+
+
+def test_the_error_of_a_fit_is_its_normalised_square_error():
+    inputs, targets, weight = torch.randn(50, 6), torch.randn(50, 3), torch.randn(6, 3)
+    statistics = surgery.RidgeStatistics(nn.Linear(6, 3, bias=False))
+    statistics.add(inputs, targets)
+    expected = bld.normalised_mse(inputs @ weight, targets).item()
+    assert statistics.error(weight.double()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_lowers_the_loss_of_most_variants_and_no_op_is_one(library):
@@ -98,8 +121,7 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
     before = {f.name: f.stat().st_mtime_ns for f in blocks.iterdir()}
     space = resolve_space({**SPACE, "ffn": [*SPACE["ffn"], "w48"]}, pico.model.config, pico.family)
     settings = scoring.Settings(256, 64, 4)
-    no_rows = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
-    scores, made = scoring.score_library(pico, table, blocks, corpus, settings, no_rows, lambda rows: None)
+    scores, made = scoring.score_library(pico, table, blocks, corpus, settings, NO_ROWS, lambda rows: None)
     assert made == len(table) == 32
     grown, made = bld.train_library(pico, bld.jobs(pico, space, SETTINGS, 0, corpus), corpus, SETTINGS, 0, blocks)
     assert made == 4 and len(grown) == 36
@@ -119,13 +141,31 @@ def test_nan_in_training_names_the_variant(pico, corpus, tmp_path):
     assert not list((tmp_path / "blocks").glob("*.safetensors"))
 
 
+def test_weights_that_are_not_the_librarys_are_refused(pico, library):
+    table, blocks, _ = library
+    path, fingerprint = tables.variant_files(table, blocks)(0, FFN, Variant("w", 80))
+    module = build_subblock(pico, 0, FFN, Variant("w", 80))
+    load_weights(module, path, fingerprint)
+    with pytest.raises(ValueError, match="trained under other settings than library.parquet says"):
+        load_weights(module, path, "another")
+
+
+def test_scores_of_foreign_rows_are_told_apart_without_fingerprints(pico, corpus, library):
+    table, blocks, _ = library
+    foreign = table.assign(fingerprint="").query("layer == 0")
+    settings = scoring.Settings(256, 64, 4)
+    scores, _ = scoring.score_library(pico, foreign, blocks, corpus, settings, NO_ROWS, lambda rows: None)
+    again, made = scoring.score_library(pico, foreign, blocks, corpus, settings, scores, lambda rows: None)
+    assert made == 0
+    pd.testing.assert_frame_equal(again, scores)
+
+
 @torch.no_grad()
 def test_a_score_is_the_kl_of_the_child_with_that_one_replacement(pico, corpus, library):
     table, blocks, _ = library
     rows = table.query("layer == 2 and variant == 'w80'")
     settings = scoring.Settings(512, 64, 4)
-    no_rows = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
-    scores, _ = scoring.score_library(pico, rows, blocks, corpus, settings, no_rows, lambda rows: None)
+    scores, _ = scoring.score_library(pico, rows, blocks, corpus, settings, NO_ROWS, lambda rows: None)
     child = make_child(pico, architecture(*["parent parent"] * 2, "parent w80", "parent parent"), tables.variant_files(table, blocks))
     ids = torch.as_tensor(np.concatenate(corpus.batches("validation", 512, 64, 4, seed="score")))
     p, c = (model(ids).logits.double() for model in (pico.model, child))
@@ -163,6 +203,24 @@ def test_costs_cover_the_space_and_sum_to_the_model(pico):
     assert value[OUTSIDE, str(PARENT), "num_params"] + blocks == params
     assert value["attention", "kv1", "kv_bytes_per_token"] * 2 == value["attention", "parent", "kv_bytes_per_token"]
     assert set(table.source[table.unit == "ms"]) == {"measured"}
+
+
+def test_a_bfloat16_parent_has_a_bfloat16_child(corpus, tmp_path):
+    parent = load_parent("random", dtype="bfloat16", config={"model_type": "llama", **PICO_CONFIG})
+    jobs = bld.jobs(parent, resolve_space(SPACE, parent.model.config, parent.family), SETTINGS, 0, corpus)
+    table, _ = bld.train_library(parent, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
+    assert table.query("variant == 'kv1'").kv_bytes_per_token.eq(2 * 16 * 2).all()
+    scores, _ = scoring.score_library(parent, table, tmp_path / "blocks", corpus, scoring.Settings(256, 64, 4), NO_ROWS, lambda rows: None)
+    assert (tables.check("scores", scores).query("variant != 'parent' and metric == 'kl'").value > 0).all()
+    child = make_child(parent, architecture(*["kv1 w80"] * 3, "no_op linear"), tables.variant_files(table, tmp_path / "blocks"))
+    save_child(child, parent.tokenizer, tmp_path / "child")
+    verify_reload(child, tmp_path / "child", torch.randint(1, 257, (2, 16)))
+    trained = load_child(tmp_path / "child", torch.float32, parent.device)
+    settings = gkd.Settings(64, 4, 512, 1e-3, 0.1, 0.0, 1.0, 1.0, 1.0, 100)
+    gkd.distill(parent.model, trained, list(corpus.sequences("train", 512, 64, seed="gkd")), settings, 0, tmp_path / "work")
+    save_child(trained, parent.tokenizer, tmp_path / "trained")
+    assert trained.dtype == torch.bfloat16
+    verify_reload(trained, tmp_path / "trained", torch.randint(1, 257, (2, 16)))
 
 
 def test_gkd_brings_the_child_closer_to_the_parent(pico, corpus, tmp_path):

@@ -1,7 +1,8 @@
 """Bad input: one clear error that says what to do, exit code not 0, nothing half-written."""
+import re
+
 import pandas as pd
 import pytest
-import yaml
 from conftest import ROOT, copy_of_the_project, run, stage
 
 from puzzle_core import tables
@@ -96,7 +97,7 @@ def test_bad_searches_say_what_can_be_reached(tmp_path):
 
 
 def test_a_variant_outside_the_library_names_those_inside(tmp_path):
-    library = pd.DataFrame({"layer": [0], "subblock": ["ffn"], "variant": ["w80"], "path": ["x"]})
+    library = pd.DataFrame({"layer": [0], "subblock": ["ffn"], "variant": ["w80"], "path": ["x"], "fingerprint": [""]})
     find = tables.variant_files(library, tmp_path)
     with pytest.raises(ValueError, match="variant w48 of ffn in layer 0 is not in the library; there are: w80"):
         find(0, "ffn", Variant("w", 48))
@@ -150,7 +151,27 @@ def test_a_parent_directory_loads_like_the_model_it_was_saved_from(pico, tmp_pat
     assert loaded.identity != pico.identity
 
 
-def test_the_documented_readme_commands_exist():
+def test_the_commands_of_the_readme_exist():
+    commands = re.findall(r"^    (make|python -m|dvc) (\S+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
-    assert "\nrun:" in makefile and "\ntest:" in makefile
-    assert yaml.safe_load((ROOT / "params.yaml").read_text())["use"]["parent"] == "smollm2-135m"
+    assert ("make", "run") in commands and ("make", "test") in commands
+    for program, what in commands:
+        if program == "make":
+            assert f"\n{what}:" in makefile
+        elif program == "python -m":
+            assert (ROOT / f"{what.replace('.', '/')}.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parent.config.model_type=mamba"], ["unknown model family 'mamba'", "Known: llama"]),
+        (["parent.dtype=bf16"], ["parent.dtype is 'bf16'", "bfloat16"]),
+        (["bld.train_tokens=1000000000"], ["too small", "needed", "token budget"]),
+        (["+bld.trian_tokens=1"], ["unknown key 'trian_tokens'", "Did you mean 'train_tokens'"]),
+        (["bld.ridge=null", "bld.lr=1.0e30", "bld.train_tokens=4096"], ["loss of variant", "in layer 0 is", "lower `lr`"]),
+    ],
+)
+def test_a_bld_that_cannot_work_says_why(tmp_path, overrides, words):
+    one_error(stage("bld", f"out={tmp_path}", *overrides, check=False), *words)
+    assert not (tmp_path / "library.parquet").exists() and not list(tmp_path.rglob("*.safetensors"))

@@ -24,9 +24,15 @@ ARCHITECTURES = {
 IDS = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+PARENTS = {name: {"model_type": name} for name in sorted(FAMILIES)} | {
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama untied": {"tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(params=PARENTS)
 def parent(request):
-    return pico_parent(request.param)
+    return pico_parent(**PARENTS[request.param])
 
 
 @torch.no_grad()
@@ -130,7 +136,16 @@ def test_a_checkpoint_that_does_not_match_is_refused(pico, tmp_path):
     save_child(child, pico.tokenizer, tmp_path / "child")
     with torch.no_grad():
         child.model.layers[3].mlp.down_proj.weight.mul_(1.5)
-    with pytest.raises(RuntimeError, match="does not load as the child"):
+    with pytest.raises(ValueError, match="does not load as the child"):
+        verify_reload(child, tmp_path / "child", IDS)
+
+
+def test_a_child_of_nan_is_refused(pico, tmp_path):
+    child = make_child(pico, MIXED, variants(pico, tmp_path))
+    with torch.no_grad():
+        child.model.norm.weight.fill_(float("nan"))
+    save_child(child, pico.tokenizer, tmp_path / "child")
+    with pytest.raises(ValueError, match="does not load as the child"):
         verify_reload(child, tmp_path / "child", IDS)
 
 

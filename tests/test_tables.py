@@ -28,7 +28,7 @@ def test_scenario_ids_are_canonical():
 
 def test_a_solution_survives_json():
     solution = Solution(
-        Architecture(((Variant("kv", 1), Variant("no_op")),)), Scenario(1, 2, 3), "kl", 0.5, 0.5, "optimal", 0.1,
+        Architecture(((Variant("kv", 1), Variant("no_op")),)), Scenario(1, 2, 3), "kl", 0.5, 0.5, "optimal", 0.0,
         {"latency_ms": 1.0}, {"latency_ms": 2.0}, (Constraint("speedup", 1.5, "latency_ms", 1.3),),
     )  # fmt: skip
     assert Solution.from_json(solution.to_json()) == solution
