@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from puzzle_core import surgery
-from puzzle_core.checkpoint import Parent, build_subblock, num_params, variant_row
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, fingerprint
+from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, Variant
+from puzzle_core.subblocks import build_subblock, num_params, variant_row
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
 
 VERSION = 1  # raise when a change here, or in a module below, changes what a variant's weights are

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from puzzle_core.checkpoint import Parent, build_subblock, num_params, swapped
+from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant
+from puzzle_core.subblocks import build_subblock, num_params, swapped
 from puzzle_core.trace import ParentRun, kv_bytes_per_token
 
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from puzzle_core.checkpoint import Parent, build_subblock, load_weights, swapped
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import fingerprint
+from puzzle_core.parents import Parent
 from puzzle_core.spec import PARENT, Variant
+from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import layer_inputs, start_at
 
 VERSION = 1  # raise when a change here, or in a module below, changes what a score is

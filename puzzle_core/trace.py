@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from puzzle_core.checkpoint import Parent
+from puzzle_core.parents import Parent
 from puzzle_core.spec import SUBBLOCKS
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 import torch
 
 from puzzle_core import evaluation, tables
-from puzzle_core.checkpoint import load_parent, make_child, pick_device, save_child, verify_reload
+from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock, read_json, write_json
+from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Solution
 
 

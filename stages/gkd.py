@@ -4,10 +4,11 @@ from pathlib import Path
 import torch
 
 from puzzle_core import evaluation, gkd
-from puzzle_core.checkpoint import load_child, load_parent, pick_device, save_child
+from puzzle_core.children import load_child, save_child
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock, read_json, write_json
+from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Solution
 
 

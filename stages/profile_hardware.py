@@ -2,10 +2,11 @@
 from pathlib import Path
 
 from puzzle_core import costs, tables
-from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import lock
+from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Scenario
+from puzzle_core.subblocks import resolve_space
 
 
 @stage("profile-hardware")

@@ -2,10 +2,10 @@
 from pathlib import Path
 
 from puzzle_core import plots, scoring, tables
-from puzzle_core.checkpoint import load_parent, pick_device
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
+from puzzle_core.parents import load_parent, pick_device
 
 
 @stage("score")

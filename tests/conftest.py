@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from puzzle_core import surgery
-from puzzle_core.checkpoint import Parent, build_subblock, load_parent
+from puzzle_core.parents import Parent, load_parent
 from puzzle_core.spec import Architecture, Variant
+from puzzle_core.subblocks import build_subblock
 
 ROOT = Path(__file__).resolve().parents[1]
 PICO = ["parent=pico", "search_space=pico", "bld=pico", "score=pico", "workload=pico", "gkd=pico", "hardware=cpu"]

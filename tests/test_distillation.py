@@ -7,18 +7,11 @@ from conftest import PICO_CONFIG, ROOT, architecture, variants
 from torch import nn
 
 from puzzle_core import bld, costs, evaluation, gkd, scoring, surgery, tables
-from puzzle_core.checkpoint import (
-    build_subblock,
-    load_child,
-    load_parent,
-    load_weights,
-    make_child,
-    resolve_space,
-    save_child,
-    verify_reload,
-)
+from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
+from puzzle_core.parents import load_parent
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
+from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
 from puzzle_core.trace import layer_inputs, start_at
 
 EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}

@@ -6,10 +6,11 @@ import pytest
 from conftest import ROOT, copy_of_the_project, run, stage
 
 from puzzle_core import tables
-from puzzle_core.checkpoint import load_parent, pick_device, resolve_space
 from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES, Family, family_of
+from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Variant
+from puzzle_core.subblocks import resolve_space
 
 
 def one_error(done, *words: str) -> str:

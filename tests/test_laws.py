@@ -8,9 +8,10 @@ from conftest import architecture, pico_parent, variants
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from puzzle_core.checkpoint import build_subblock, load_child, make_child, num_params, save_child, verify_reload
+from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.families import FAMILIES
 from puzzle_core.spec import ATTENTION, FFN, Architecture, Variant
+from puzzle_core.subblocks import build_subblock, num_params
 from puzzle_core.surgery import initialise
 from puzzle_core.trace import ParentRun, kv_bytes_per_token
 

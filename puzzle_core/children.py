@@ -1,0 +1,96 @@
+"""Children out: make a child of a parent and chosen variants, save it, load it, prove that it loads anywhere.
+
+A child is a parent with rows applied: `per_layer_config` is the architecture in transformers' own form, and
+`modeling_puzzle.py`, which travels with the checkpoint, is what turns it into modules, here as anywhere else.
+"""
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from puzzle_core import modeling_puzzle
+from puzzle_core.families import Family
+from puzzle_core.files import atomic
+from puzzle_core.parents import Parent, damage_named
+from puzzle_core.spec import NO_OP, PARENT, Architecture, Variant
+from puzzle_core.subblocks import changes, load_weights, puzzle_section, unset_weights
+
+
+def per_layer_config(family: Family, architecture: Architecture) -> dict[int, dict]:
+    """The architecture as transformers writes it: layer to changes, layers that stay as they are left out."""
+    overrides: dict[int, dict] = {}
+    for layer, subblock, variant in architecture.items():
+        for key, value in changes(family, subblock, variant).items():
+            entry = overrides.setdefault(layer, {})
+            entry[key] = entry.get(key, []) + value if isinstance(value, list) else value
+    return overrides
+
+
+@torch.no_grad()
+def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[[int, str, Variant], tuple[Path, str]]) -> PreTrainedModel:
+    """The child: the parent's tensors, with the chosen variants' from the files (and fingerprints) that `weights_of` names."""
+    overrides = per_layer_config(parent.family, architecture)
+    config = type(parent.model.config).from_dict(parent.model.config.to_dict())
+    base = type(parent.model)
+    if overrides:
+        config.puzzle, config.linear_subblocks = puzzle_section(parent), []
+        config.per_layer_config = overrides
+        base = modeling_puzzle.child_class(base)
+        base.register_for_auto_class("AutoModelForCausalLM")
+    config._attn_implementation = parent.model.config._attn_implementation
+    with unset_weights(parent):
+        child = base(config)
+    child.tie_weights()
+    family_layers = child.get_submodule(parent.family.layers)
+    own = child.state_dict()
+    child.load_state_dict({k: v for k, v in parent.model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
+    for layer, subblock, variant in architecture.items():
+        if variant not in (PARENT, NO_OP):
+            load_weights(getattr(family_layers[layer], parent.family.subblock(subblock).module), *weights_of(layer, subblock, variant))
+    child.generation_config = parent.model.generation_config
+    return child.eval()
+
+
+def save_child(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a checkpoint that loads without this project, whole or not at all."""
+    with atomic(path) as part:
+        child.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+
+def load_child(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`")
+    with damage_named(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True).eval().to(device)
+
+
+_RELOAD = """
+import importlib.util, sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+assert importlib.util.find_spec("puzzle_core") is None, "this process can import the project"
+checkpoint, batch, device, dtype = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype).eval().to(device)
+expected = load_file(batch, device=device)
+with torch.no_grad():
+    print((model(input_ids=expected["input_ids"]).logits - expected["logits"]).abs().max().item())
+"""
+
+
+@torch.no_grad()
+def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor) -> None:
+    """Load the checkpoint in a process that cannot import this project; ValueError unless its logits are the child's."""
+    with tempfile.TemporaryDirectory() as directory:
+        batch = Path(directory) / "batch.safetensors"
+        save_file({"input_ids": input_ids, "logits": child(input_ids=input_ids, use_cache=False).logits}, batch)
+        command = [sys.executable, "-I", "-c", _RELOAD, path.resolve(), batch, child.device, str(child.dtype).removeprefix("torch.")]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=directory)
+    if done.returncode or not float(done.stdout.split()[-1]) <= 1e-3:  # so that NaN fails too
+        raise ValueError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")
