@@ -15,7 +15,7 @@ from puzzle_core.spec import Scenario
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = [ROOT / "params.yaml", *(f for f in (ROOT / "conf").glob("*/*.yaml") if f.parent.name != "sweep")]
 # Plumbing that every stage uses and that determines no result: how configs, tables and files are read and written.
-PLUMBING = {"puzzle_core", "stages", "puzzle_core.config", "puzzle_core.files", "puzzle_core.tables", "puzzle_core.spec"}
+PLUMBING = {"puzzle_core", "stages", "puzzle_core.config", "puzzle_core.files", "puzzle_core.tables", "puzzle_core.ranks", "puzzle_core.spec"}
 
 
 def composed(*overrides):
