@@ -42,8 +42,9 @@ def library(pico, tmp_path_factory):
             for name in names:
                 path = "" if name == "parent" else weights_of(layer, subblock, Variant.parse(name))[0].name
                 rows.append({"layer": layer, "subblock": subblock, "variant": name, "path": path, "fingerprint": ""})
-    numbers = {"init": "", "loss_before": 0.0, "loss_after": 0.0, "num_tokens": 0, "num_params": 0, "kv_bytes_per_token": 0}
-    return tables.check("library", pd.DataFrame(rows).assign(**numbers)), blocks
+    words, counts = {"init": "", "outcome": "untrained"}, dict.fromkeys(("num_tokens", "num_params", "kv_bytes_per_token"), 0)
+    table = pd.DataFrame(rows).assign(**words, **counts, loss_before=0.0, loss_after=0.0)
+    return tables.check("library", table), blocks
 
 
 def settings(**changes) -> Settings:
