@@ -66,7 +66,7 @@ class Trainee:
 
     job: Job
     module: nn.Module
-    last: nn.Linear | None = None  # the projection back into the residual stream
+    last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
     init: str = ""
     loss_before: float = 0.0
     loss_after: float = 0.0
@@ -142,24 +142,19 @@ def _finished(job: Job, blocks: Path) -> dict | None:
 def _train_layer(run: ParentRun, layer: int, here: list[Job], settings: Settings, blocks: Path) -> dict[Job, dict]:
     """Initialise, refit, train and save the variants of one layer, moving the parent's run past it; their rows."""
     parent, family = run.parent, run.parent.family
-    inner_last = getattr(parent.module(layer, FFN), family.ffn.last)
-    contributions: list[Tensor] = []
-    handle = inner_last.register_forward_pre_hook(
-        lambda module, args: contributions.append(surgery.channel_contribution(args[0].flatten(0, -2), module.weight))
-    )
-    calibration = list(run.advance(layer, "calibration"))
-    handle.remove()
-    importance_I = torch.stack(contributions).mean(dim=0)
+    with surgery.watch_importance(parent.module(layer, FFN), family.ffn) as seen:
+        calibration = list(run.advance(layer, "calibration"))
+    importance = torch.stack(seen).mean(dim=0)
     validation = list(run.advance(layer, "val"))
 
-    trainees = [_initialise(parent, job, importance_I) for job in here]
+    trainees = [_initialise(parent, job, importance) for job in here]
     refitted = [t for t in trainees if t.last is not None] if settings.ridge is not None else []
     for trainee in refitted:
         _refit(trainee, calibration, settings.ridge)
     for trainee in trainees:
         trainee.loss_before = trainee.loss_after = _mean_loss(trainee, validation)
     # A refitted linear variant is at its optimum already; the parent and no_op have nothing to train.
-    learners = [t for t in trainees if t.last is not None and not (t in refitted and t.job.variant == LINEAR)]
+    learners = [t for t in trainees if t.job.variant not in (PARENT, NO_OP) and not (t in refitted and t.job.variant == LINEAR)]
     _train(learners, run, layer, settings)
     for trainee in learners:
         if trainee.num_tokens:
@@ -188,16 +183,16 @@ def _save(trainee: Trainee, parent: Parent, calls: dict[str, Call], blocks: Path
     return row
 
 
-def _initialise(parent: Parent, job: Job, importance_I: Tensor) -> Trainee:
+def _initialise(parent: Parent, job: Job, importance: Tensor) -> Trainee:
     names = parent.family.subblock(job.subblock)
     original = parent.module(job.layer, job.subblock)
     if job.variant == PARENT:
         return Trainee(job, original, init="parent")
     module = build_subblock(parent, job.layer, job.subblock, job.variant)
-    how = surgery.initialise(original, module, names, job.variant, importance_I)
+    how = surgery.initialise(original, module, names, job.variant, importance)
     if job.variant == NO_OP:
         return Trainee(job, module, init=how)
-    return Trainee(job, module.float(), module if job.variant == LINEAR else getattr(module, names.last), init=how)
+    return Trainee(job, module.float(), surgery.last_projection(module, names, job.variant), init=how)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Running the parent in parts: what enters each layer, what each subblock sees and says, and starting half way up."""
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,10 +32,10 @@ def layer_inputs(parent: Parent, input_ids: Tensor, last_layer: int | None = Non
 
     def record(index: int) -> Callable:
         def hook(module, args, kwargs):
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            hiddens.append(hidden)
-            others.append(kwargs)
+            named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            named |= named.pop("kwargs", {})
+            hiddens.append(named.pop("hidden_states"))
+            others.append(named)
             if index == last_layer:
                 raise _Stop
 
@@ -56,7 +57,7 @@ def start_at(parent: Parent, layer: int, hidden_BTD: Tensor) -> Iterator[None]:
     """While open, the model's own forward skips the layers below `layer` and enters it with `hidden_BTD`."""
     skipped = parent.layers[:layer]
     for module in skipped:
-        module.forward = lambda hidden_states, *args, **kwargs: hidden_BTD
+        module.forward = lambda hidden_states, *args, **kwargs: (hidden_BTD, None) if parent.family.returns_tuple else hidden_BTD
     try:
         yield
     finally:
@@ -76,14 +77,15 @@ class Call:
         """What `module` says to the same input: [B, T, D], computed in the parent's dtype whatever the module's own."""
         out = self.output_BTD
         with torch.autocast(out.device.type, dtype=out.dtype, enabled=out.dtype != torch.float32):
-            return first(module(*self.args, **self.kwargs))
+            return first(module(*self.args, **self.kwargs)).view_as(out)  # opt's FFN sees all tokens in one row
 
 
 @torch.no_grad()
 def kv_bytes_per_token(module: nn.Module, layer: int, call: Call) -> int:
     """Bytes that `module`, as layer's attention, really leaves in a KV cache for one token of one sequence."""
-    cache = DynamicCache()
-    module(*call.args, **{**call.kwargs, "past_key_values": cache})
+    cache = DynamicCache(config=getattr(module, "config", None))
+    name = next(name for name in ("past_key_values", "layer_past") if name in call.kwargs)
+    module(*call.args, **{**call.kwargs, name: cache})
     slot = cache.layers[layer]
     return (slot.keys.nbytes + slot.values.nbytes) // call.output_BTD.shape[:2].numel()
 
@@ -103,16 +105,23 @@ class ParentRun:
     @torch.no_grad()
     def advance(self, layer: int, use: str) -> Iterator[dict[str, Call]]:
         """Move each batch of `use` from the input of `layer` to its output; yield what each subblock saw and said."""
-        seen: dict[str, Call] = {}
+        seen: dict[str, tuple] = {}
 
-        def record(subblock: str) -> Callable:
-            return lambda module, args, kwargs, output: seen.__setitem__(subblock, Call(args, kwargs, first(output)))
+        def record(subblock: str) -> Iterator[torch.utils.hooks.RemovableHandle]:
+            """A subblock's first module sees its input, the last one says its output."""
+            parts = [self.parent.layers[layer].get_submodule(name) for name in self.parent.family.subblock(subblock).modules]
+            yield parts[0].register_forward_pre_hook(
+                lambda module, args, kwargs: seen.__setitem__(subblock, (args, kwargs)), with_kwargs=True
+            )
+            yield parts[-1].register_forward_hook(
+                lambda module, args, output: seen.__setitem__(subblock, (*seen[subblock], first(output)))
+            )
 
-        handles = [self.parent.module(layer, s).register_forward_hook(record(s), with_kwargs=True) for s in SUBBLOCKS]
+        handles = [handle for s in SUBBLOCKS for handle in record(s)]
         try:
             for index, hidden_BTD in enumerate(self.hidden[use]):
                 self.hidden[use][index] = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
-                yield dict(seen)
+                yield {s: Call(args, kwargs, output.view_as(hidden_BTD)) for s, (args, kwargs, output) in seen.items()}
         finally:
             for handle in handles:
                 handle.remove()

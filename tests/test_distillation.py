@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PICO_CONFIG, ROOT, architecture, variants
+from conftest import EXCERPT, PICO_CONFIG, architecture, variants
 from torch import nn
 
 from puzzle_core import bld, costs, evaluation, gkd, scoring, surgery, tables
@@ -14,7 +14,6 @@ from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
 from puzzle_core.trace import layer_inputs, start_at
 
-EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
 SPACE = {"attention": ["kv1", "linear", "no_op"], "ffn": ["w80", "linear", "no_op"]}

@@ -7,7 +7,7 @@ from conftest import ROOT, copy_of_the_project, run, stage
 
 from puzzle_core import tables
 from puzzle_core.corpus import Corpus
-from puzzle_core.families import FAMILIES, Family, family_of
+from puzzle_core.families import family_of
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Variant
 from puzzle_core.subblocks import resolve_space
@@ -31,18 +31,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path):
 
 
 def test_an_unknown_family_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown model family 'lama'. Did you mean 'llama'\? Known: llama, mistral"):
+    with pytest.raises(ValueError, match=r"unknown model family 'lama'. Did you mean 'llama'\? Known: .*llama, mistral"):
         family_of("lama")
     with pytest.raises(ValueError, match="unknown model family 'mamba'"):
         load_parent("random", config={"model_type": "mamba"})
-
-
-def test_a_llama_like_family_is_one_line(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "granite", Family())
-    from conftest import pico_parent
-
-    parent = pico_parent("granite")
-    assert len(parent.layers) == 4 and parent.module(0, "attention").q_proj is not None
 
 
 def test_bad_corpora_say_what_is_wrong(pico, tmp_path):
@@ -166,7 +158,7 @@ def test_the_commands_of_the_readme_exist():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parent.config.model_type=mamba"], ["unknown model family 'mamba'", "Known: llama"]),
+        (["parent.config.model_type=mamba"], ["unknown model family 'mamba'", "llama, mistral"]),
         (["parent.dtype=bf16"], ["parent.dtype is 'bf16'", "bfloat16"]),
         (["bld.train_tokens=1000000000"], ["too small", "needed", "token budget"]),
         (["+bld.trian_tokens=1"], ["unknown key 'trian_tokens'", "Did you mean 'train_tokens'"]),
