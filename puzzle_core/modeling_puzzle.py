@@ -192,7 +192,8 @@ def build_layer(layer: nn.Module, config, changes: dict, index: int, puzzle: dic
             for norm in where["norms"]:
                 built.set_submodule(norm, nn.Identity())
         elif name in changes.get("linear_subblocks", ()):
-            size, bias = config.hidden_size, where["bias"]
+            size, own = config.hidden_size, get_subblock(built, where["modules"])
+            bias = any(parameter.endswith("bias") for parameter, _ in own.named_parameters())
             linear = LinearAttention(size, bias, index) if subblock == "attention" else LinearFfn(size, size, bias)
             set_subblock(built, where["modules"], linear)
         elif subblock == "attention" and (windowed or "num_key_value_heads" in changes):

@@ -79,11 +79,7 @@ def changes(family: Family, subblock: str, variant: Variant) -> dict:
 
 def puzzle_section(parent: Parent) -> dict:
     """config.json's `puzzle`: what the modelling file must know of the family."""
-    section = parent.family.to_json()
-    for subblock in SUBBLOCKS:
-        names, own = parent.family.subblock(subblock), dict(parent.module(0, subblock).named_parameters())
-        section[subblock]["bias"] = any(f"{name}.bias" in own for name in (names.first, names.last))
-    return section
+    return parent.family.to_json()
 
 
 @contextlib.contextmanager

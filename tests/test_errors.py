@@ -1,13 +1,15 @@
 """Bad input: one clear error that says what to do, exit code not 0, nothing half-written."""
+import json
 import re
 
 import pandas as pd
 import pytest
 from conftest import ROOT, copy_of_the_project, run, stage
 
+from benchmarks import families
 from puzzle_core import tables
 from puzzle_core.corpus import Corpus
-from puzzle_core.families import family_of
+from puzzle_core.families import FAMILIES, family_of
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Variant
 from puzzle_core.subblocks import resolve_space
@@ -153,6 +155,14 @@ def test_the_commands_of_the_readme_exist():
             assert f"\n{what}:" in makefile
         elif program == "python -m":
             assert (ROOT / f"{what.replace('.', '/')}.py").exists()
+
+
+def test_the_table_of_the_readme_is_that_of_the_families():
+    assert f"-->\n{families.table()}\n<!-- /families -->" in (ROOT / "README.md").read_text()
+    held = json.loads((ROOT / "docs/results/families.json").read_text())["laws_held"]
+    assert held.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        assert set(held[name]) == {f"{s} {kind}" for s, kind in families.OPERATORS if families.has(family, s, kind)}
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,6 @@ def test_generate_gives_the_same_tokens_with_any_cache_and_with_padding(pico, na
     assert torch.equal(out[:, 3:], uncached)
 
 
-@torch.no_grad()
-def test_a_child_loads_where_the_project_is_not(pico, tmp_path):
-    child = make_child(pico, MIXED, variants(pico, tmp_path))
-    save_child(child, pico.tokenizer, tmp_path / "child")
-    verify_reload(child, tmp_path / "child", IDS)
-
-
 def test_a_loaded_child_saves_and_loads_again(pico, tmp_path):
     child = make_child(pico, MIXED, variants(pico, tmp_path))
     save_child(child, pico.tokenizer, tmp_path / "child")
