@@ -9,18 +9,19 @@ import functools
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import EXCERPT, pico_parent, variants
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from puzzle_core import bld
+from puzzle_core import bld, costs, scoring, tables
 from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES, SIZED, Family, family_for
 from puzzle_core.modeling_puzzle import GroupedAttention, get_subblock
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Variant
+from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params, resolve_space, swapped
 from puzzle_core.surgery import initialise, rows
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
@@ -328,15 +329,30 @@ def test_norms_on_the_residual_stream_stay_where_a_subblock_is_skipped():
     assert isinstance(child_of("opt", FFN, NO_OP).model.decoder.layers[0].final_layer_norm, torch.nn.Identity)
 
 
+@pytest.mark.parametrize("name", ["gpt_neo", "opt", "mistral", "qwen3_moe"])
+def test_costs_count_what_the_cache_keeps(name):
+    parent = parent_of(name)
+    space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
+    table = costs.profile(parent, space, Scenario(1, 14, 2), repeats=1, warmup=0, decode_steps=1)
+    kv_bytes = table.query("subblock == 'attention' and metric == 'kv_bytes_per_token'").set_index("variant").value
+    heads = {"gpt_neo": 4, "opt": 4}.get(name, 2)
+    whole = 2 * heads * 16 * 4
+    kept = 11 / 16 if name == "mistral" else 1  # of 16 tokens, by a parent whose own window is 12
+    assert kv_bytes["parent"] == whole * kept and kv_bytes["linear"] == kv_bytes["no_op"] == 0
+    local = {"gpt_neo": (2 * 7 / 16 + 1) / 3}.get(name, kept)  # two of three layers of ours with the window of 8
+    assert kv_bytes["kv1"] == pytest.approx(whole / heads * local, abs=1)
+    assert kv_bytes.get("window5", whole / 4) == whole / 4
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo", "qwen3_moe", "gemma3_text"])
-def test_bld_refits_and_trains_every_operator(name, tmp_path):
-    parent = pico_parent(**PARENTS[name], num_hidden_layers=1) if name == "qwen3_moe" else parent_of(name)
+def test_bld_refits_trains_and_scoring_scores_every_operator(name, tmp_path):
+    parent, last_layer = parent_of(name), 2
     corpus = Corpus(parent.tokenizer, EXCERPT)
     made = {}
     for ridge in (None, [0.01]):
         settings = bld.Settings(32, 2, 256, 64, 128, ridge, 1e-3, 0.0, 0.0, 1.0)
         space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
-        jobs = [job for job in bld.jobs(parent, space, settings, 0, corpus) if job.layer == 0]
+        jobs = [job for job in bld.jobs(parent, space, settings, 0, corpus) if job.layer == last_layer]
         table, _ = bld.train_library(parent, jobs, corpus, settings, 0, tmp_path / str(ridge))
         made[str(ridge)] = table.set_index(["subblock", "variant"])
     bare, fitted = made["None"], made["[0.01]"]
@@ -346,3 +362,16 @@ def test_bld_refits_and_trains_every_operator(name, tmp_path):
         assert fitted.loss_before[what] < bare.loss_before[what]
     trained = bare[bare.index.get_level_values("variant") != "no_op"]
     assert (trained.num_tokens == 64).all() and (trained.loss_after != trained.loss_before).all()
+
+    settings, blocks = scoring.Settings(64, 32, 2), tmp_path / str(ridge)
+    empty = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
+    scores, _ = scoring.score_library(parent, table, blocks, corpus, settings, empty, lambda rows: None)
+    scores = tables.check("scores", scores).set_index(["subblock", "variant", "metric"]).value
+    ids = torch.as_tensor(corpus.batches("validation", 64, 32, 2, seed="score")[0])
+    for subblock, variant in ((ATTENTION, Variant("kv", 1)), (FFN, LINEAR)):
+        pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
+        child = make_child(parent, Architecture(((PARENT, PARENT),) * last_layer + (pair,)), tables.variant_files(table, blocks))
+        with torch.no_grad():
+            p, c = (model(ids).logits.log_softmax(-1) for model in (parent.model, child))
+        kl = (p.exp() * (p - c)).sum() / ids.numel()
+        assert scores[subblock, str(variant), "kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
