@@ -1,8 +1,8 @@
 """A transformers causal LM whose layers differ. Travels with every child checkpoint; needs only torch and transformers.
 
 `config.per_layer_config` says how each layer deviates from the parent: changed sizes (`{"num_key_value_heads": 1}`,
-`{"sliding_window": 1024}`), `skip` (the subblock is gone, its norms too) and `linear_subblocks` (one matrix in its place). `config.puzzle` says
-where the parent's family keeps its layers and subblocks. Load it with
+`{"sliding_window": 1024}`), `skip` (the subblock is gone, its norms too) and `linear_subblocks` (one matrix in its
+place). `config.puzzle` says where the parent's family keeps its layers and subblocks. Load it with
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 """
 import copy
