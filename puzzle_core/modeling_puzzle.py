@@ -1,8 +1,8 @@
 """A transformers causal LM whose layers differ. Travels with every child checkpoint; needs only torch and transformers.
 
-`config.per_layer_config` says how each layer deviates from the parent: changed sizes (`{"num_key_value_heads": 1}`),
-`skip` (the subblock is gone, its norms too) and `linear_subblocks` (one matrix in its place). `config.puzzle` says
-where the parent's family keeps its layers and subblocks. Load it with
+`config.per_layer_config` says how each layer deviates from the parent: changed sizes (`{"num_key_value_heads": 1}`,
+`{"sliding_window": 1024}`), `skip` (the subblock is gone, its norms too) and `linear_subblocks` (one matrix in its
+place). `config.puzzle` says where the parent's family keeps its layers and subblocks. Load it with
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 """
 import copy
@@ -146,7 +146,8 @@ def _slide(cache: DynamicCache, index: int, window: int) -> None:
     """Let the cache layer keep `window` tokens, if nothing is in it yet."""
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
-    if not cache.layers[index].is_initialized:
+    slot = cache.layers[index]
+    if not slot.is_initialized and getattr(slot, "sliding_window", None) != window:
         cache.layers[index] = DynamicSlidingWindowLayer(window)
 
 
@@ -247,8 +248,9 @@ class _PerLayer:
 
         def before(module, args, kwargs):
             mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
-            for attention in attentions:
-                attention.padding_mask = mask
+            for attention in module.modules():  # and not `attentions`: the model may be a copy
+                if hasattr(attention, "padding_mask"):
+                    attention.padding_mask = mask
 
         self.base_model.register_forward_pre_hook(before, with_kwargs=True)
         self.create_masks_for_generate = _padding_alone

@@ -232,6 +232,16 @@ def test_sizes_are_those_of_the_modules_and_the_cache(name, subblock, variant):
     assert sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers) == kv_bytes * IDS.numel()
 
 
+@torch.no_grad()
+def test_a_copy_of_a_windowed_child_sees_its_own_padding():
+    child = child_of("mistral", "all", "mixed")
+    child(IDS, attention_mask=torch.ones_like(IDS))
+    padded, mask = torch.cat([IDS[:, :3], IDS], dim=1), torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(IDS)], dim=1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = copy.deepcopy(child)(padded, attention_mask=mask, position_ids=position_ids).logits[:, 3:]
+    torch.testing.assert_close(logits, child(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "opt"])
 @torch.no_grad()
 def test_multi_head_families_get_a_cache_that_is_really_smaller(name):
