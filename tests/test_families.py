@@ -374,7 +374,7 @@ def test_bld_refits_trains_and_scoring_scores_every_operator(name, tmp_path):
     assert (trained.num_tokens == 64).all() and (trained.loss_after <= trained.loss_before).all()
     assert set(trained.outcome) <= {"trained", "rolled back"} and "trained" in set(trained.outcome)
 
-    settings, blocks = scoring.Settings(64, 32, 2), tmp_path / str(ridge)
+    settings, blocks = scoring.Settings(64, 32, 2, ["kl", "lm_loss"]), tmp_path / str(ridge)
     empty = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
     scores, _ = scoring.score_library(parent, table, blocks, corpus, settings, empty, lambda rows: None)
     scores = tables.check("scores", scores).set_index(["subblock", "variant", "metric"]).value
