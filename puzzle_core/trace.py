@@ -110,8 +110,10 @@ def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None 
 @torch.no_grad()
 def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
     """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
-    # MoeModelOutputWithPast has every field that any causal LM asks of its body's output.
-    with _answering([parent.model.base_model], MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])):
+    # Together these have every field that any causal LM asks of its body's output.
+    body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
+    body.cross_attentions = None
+    with _answering([parent.model.base_model], body):
         return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
