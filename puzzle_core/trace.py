@@ -113,7 +113,8 @@ def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
     # Together these have every field that any causal LM asks of its body's output.
     body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
     body.cross_attentions = None
-    with _answering([parent.model.base_model], body):
+    # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
+    with _answering({parent.model.base_model, parent.model.get_submodule(parent.family.layers.rpartition(".")[0])}, body):
         return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
