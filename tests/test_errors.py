@@ -172,7 +172,7 @@ def test_the_table_of_the_readme_is_that_of_the_families():
         (["parent.dtype=bf16"], ["parent.dtype is 'bf16'", "bfloat16"]),
         (["bld.train_tokens=1000000000"], ["too small", "needed", "token budget"]),
         (["+bld.trian_tokens=1"], ["unknown key 'trian_tokens'", "Did you mean 'train_tokens'"]),
-        (["bld.ridge=null", "parent.config.initializer_range=1.0e30"], ["in layer 0 is nan as it was initialised", "activations overflow"]),
+        (["bld.ridge=null", "+parent.config.rms_norm_eps=-1.0e6"], ["in layer 0 is nan as it was initialised", "activations overflow"]),
     ],
 )
 def test_a_bld_that_cannot_work_says_why(tmp_path, overrides, words):
