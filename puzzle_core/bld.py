@@ -127,7 +127,8 @@ def train_library(
             if not here:
                 run.skip(layer)
                 continue
-            rows |= _train_layer(run, layer, here, settings, blocks)
+            with parent.present(layer):
+                rows |= _train_layer(run, layer, here, settings, blocks)
     for stray in {p.name for p in blocks.iterdir()} - {job.file_name for job in wanted}:
         (blocks / stray).unlink()
     return pd.DataFrame([rows[job] for job in wanted]), len(missing)

@@ -96,9 +96,8 @@ class ParentRun:
         self.parent = parent
         tokens = {use: [torch.as_tensor(b, device=parent.device) for b in some] for use, some in batches.items()}
         _, self.others = layer_inputs(parent, next(b for some in tokens.values() for b in some))
-        self.hidden = {
-            use: [layer_inputs(parent, b, last_layer=0)[0][0] for b in some] for use, some in tokens.items()
-        }
+        with parent.present(0):
+            self.hidden = {use: [layer_inputs(parent, b, last_layer=0)[0][0] for b in some] for use, some in tokens.items()}
 
     @torch.no_grad()
     def advance(self, layer: int, use: str) -> Iterator[dict[str, Call]]:
@@ -110,9 +109,10 @@ class ParentRun:
 
         handles = [self.parent.module(layer, s).register_forward_hook(record(s), with_kwargs=True) for s in SUBBLOCKS]
         try:
-            for index, hidden_BTD in enumerate(self.hidden[use]):
-                self.hidden[use][index] = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
-                yield dict(seen)
+            with self.parent.present(layer):
+                for index, hidden_BTD in enumerate(self.hidden[use]):
+                    self.hidden[use][index] = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
+                    yield dict(seen)
         finally:
             for handle in handles:
                 handle.remove()

@@ -14,7 +14,7 @@ def run(cfg):
     table, partial = out / "scores.parquet", out / ".scores.partial.parquet"
     with lock(out, "score"):
         library = tables.read("library", data / "library.parquet")
-        parent = fill(load_parent, cfg.parent, device=pick_device())
+        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.parent.get("device", "auto")), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         known = tables.read_known("scores", table, partial)
         scores, num_made = scoring.score_library(
