@@ -3,19 +3,16 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import safetensors
 import torch
-from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,6 +28,7 @@ from transformers.utils import cached_file
 
 from puzzle_core.families import Family, family_of
 from puzzle_core.files import atomic, fingerprint, lock
+from puzzle_core.shards import Shards, layers_that_fit, load_shards
 
 # Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
 # and loads from that instead of the revision that was asked for.
@@ -66,7 +64,7 @@ class Parent:
     family: Family
     identity: str  # hash of the config that chose it and of its content
     origin: Origin
-    on_disk: Mapping[str, Tensor] | None = None  # the layers' tensors, read when asked for; None: all are in memory
+    shards: Shards | None = None  # where layers are read from that are not in memory; None: all are
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -83,22 +81,12 @@ class Parent:
     def norms(self, layer: int, subblock: str) -> list[nn.Module]:
         return [getattr(self.layers[layer], name) for name in self.family.subblock(subblock).norms]
 
-    @contextlib.contextmanager
-    def present(self, layer: int) -> Iterator[None]:
-        """While open, the layer's weights are in memory.
+    def present(self, *layers: int) -> contextlib.AbstractContextManager:
+        """While open, the weights of these layers are in memory, of a parent that is read layer by layer too.
 
-        Its forward sees to that itself: this is for reading weights outside of it, and for many forwards at one reading.
+        A layer's forward sees to that itself: this is for reading weights outside of it, and for many forwards at one reading.
         """
-        module, device = self.layers[layer], self.device
-        absent = [name for name, parameter in module.named_parameters() if parameter.is_meta and self.on_disk is not None]
-        for name in absent:
-            tensor = self.on_disk[f"{self.family.layers}.{layer}.{name}"]
-            set_module_tensor_to_device(module, name, device, value=tensor, clear_cache=False)
-        try:
-            yield
-        finally:
-            for name in absent:
-                set_module_tensor_to_device(module, name, "meta", clear_cache=False)
+        return self.shards.present(*layers) if self.shards is not None else contextlib.nullcontext()
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -206,67 +194,6 @@ def _family(place: str | Path, revision: str | None, trust_remote_code: bool) ->
     return family_of(model_type)
 
 
-def _num_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.3g} GiB"
-
-
-def _exceeds(skeleton: PreTrainedModel, family: Family, memory_gib: float, in_parts: bool) -> bool:
-    """Whether the weights need more than the budget; ValueError where that cannot be helped."""
-    layers = [_num_bytes(layer) for layer in skeleton.get_submodule(family.layers)]
-    whole, least = _num_bytes(skeleton), _num_bytes(skeleton) - sum(layers) + max(layers)
-    if whole <= memory_gib * 2**30:
-        return False
-    if not in_parts:
-        raise ValueError(
-            f"this stage needs the whole parent in memory, {_gib(whole)}, and parent.memory_gib allows {memory_gib:g}: "
-            "run it where there is more memory, with `memory_gib: null` in the preset in conf/parent/"
-        )
-    if least > memory_gib * 2**30:
-        raise ValueError(
-            f"parent.memory_gib is {memory_gib:g}; this parent needs {_gib(least)} at least: its largest layer and "
-            "what is outside the layers. Raise it, or use a 16-bit dtype in conf/parent/."
-        )
-    return True
-
-
-def _device_map(model: PreTrainedModel, layers: str, device: torch.device) -> dict[str, str]:
-    """Layers on disk, all else on `device`, by the names of the largest modules that are either."""
-    parts = layers.split(".")
-    around = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]  # "", "model", "model.layers"
-    children = [f"{holder}.{name}".lstrip(".") for holder in around[:-1] for name, _ in model.get_submodule(holder).named_children()]
-    return {
-        **{name: str(device) for name in children if name not in around},
-        **{f"{layers}.{index}": "disk" for index in range(len(model.get_submodule(layers)))},
-    }
-
-
-def _load_in_parts(load: Callable, device_map: dict[str, str], layers: str) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
-    """The model with its layers on the meta device, and their tensors, read from the checkpoint's own files when asked for.
-
-    transformers maps each tensor to its place in the safetensors shards; tensors that it has to convert first (fused
-    experts) are written to a folder under TMPDIR, which lives as long as the tensors. accelerate's hooks, which would
-    read the weights for every forward of every single projection, make room for those of whole layers.
-    """
-    converted = tempfile.TemporaryDirectory(prefix="puzzle-")
-    model = load(device_map=device_map, offload_folder=converted.name)
-    hooks = (getattr(module, "_hf_hook", None) for module in model.get_submodule(layers).modules())
-    tensors = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
-    tensors.converted = converted
-    remove_hook_from_module(model, recurse=True)
-    return model, tensors
-
-
-def _fetch_in_forward(parent: Parent) -> None:
-    for index, layer in enumerate(parent.layers):
-        stack = contextlib.ExitStack()
-        layer.register_forward_pre_hook(lambda *_, index=index, stack=stack: stack.enter_context(parent.present(index)))
-        layer.register_forward_hook(lambda *_, stack=stack: stack.close(), always_call=True)
-
-
 def _license(place: str | Path, revision: str | None) -> str | None:
     """What the checkpoint's own model card says, if it has one that can be read."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -297,7 +224,7 @@ def load_parent(
     Weights that need more than `memory_gib` stay on disk layer by layer, if the caller can work with that (`in_parts`).
     Raises ValueError for an unknown family or a budget that is too small, FileNotFoundError where the weights are not.
     """
-    device, torch_dtype, tensors = torch.device(device), getattr(torch, dtype, None), None
+    device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
@@ -310,14 +237,11 @@ def load_parent(
         more = {"revision": revision if source == "hub" else None, "trust_remote_code": trust_remote_code}
         family = _family(place, **more)
         with damage_named(place), _pickles_refused(place, more["revision"]):
-            model, tensors = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
+            model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
         origin = Origin(text, license or _license(place, more["revision"]), id if source == "hub" else None)
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
-    parent = Parent(model.eval().requires_grad_(False), tokenizer, family, identity, origin, tensors)
-    if tensors is not None:
-        _fetch_in_forward(parent)
-    return parent
+    return Parent(model.eval().requires_grad_(False), tokenizer, family, identity, origin, shards)
 
 
 def _located(
@@ -340,7 +264,7 @@ def _located(
 
 def _read_model(
     place: str | Path, dtype: torch.dtype, device: torch.device, family: Family, memory_gib: float | None, in_parts: bool, more: dict
-) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
+) -> tuple[PreTrainedModel, Shards | None]:
     """The model on `device`, and where to read its layers if it is not whole."""
     load = partial(AutoModelForCausalLM.from_pretrained, place, dtype=dtype, use_safetensors=True, **more)
     if memory_gib is None:
@@ -348,6 +272,7 @@ def _read_model(
     config = AutoConfig.from_pretrained(place, **more)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=more["trust_remote_code"])
-    if not _exceeds(skeleton, family, memory_gib, in_parts):
+    max_layers = layers_that_fit(skeleton, family.layers, memory_gib, in_parts)
+    if max_layers is None:
         return load().to(device), None
-    return _load_in_parts(load, _device_map(skeleton, family.layers, device), family.layers)
+    return load_shards(load, skeleton, family.layers, max_layers, device)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 ATTENTION, FFN = "attention", "ffn"
 SUBBLOCKS = (ATTENTION, FFN)
+BLOCK = "block"  # both subblocks of a layer with the residual stream around them
 OUTSIDE = "outside"  # what is not in a block: embeddings, final norm, LM head. A row of costs, never a choice.
 
 

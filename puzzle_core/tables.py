@@ -40,6 +40,7 @@ SCHEMAS = {
             "loss_before": _LOSS,  # normalised MSE on held-out tokens after initialisation, before training
             "loss_after": _LOSS,  # the same after training
             "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
+            "outcome": pa.Column(str, pa.Check.isin(("untrained", "trained", "settled", "rolled back"))),  # what became of training
             "num_params": pa.Column(int, pa.Check.ge(0), description="of the subblock, its norms included"),
             "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="KV cache of one sequence, one token"),
             "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from puzzle_core.parents import Parent
-from puzzle_core.spec import SUBBLOCKS
+from puzzle_core.spec import BLOCK, SUBBLOCKS
 
 
 def first(output: Tensor | tuple) -> Tensor:
@@ -72,10 +72,14 @@ class Call:
     kwargs: dict
     output_BTD: Tensor
 
-    def replay(self, module: nn.Module) -> Tensor:
-        """What `module` says to the same input: [B, T, D], computed in the parent's dtype whatever the module's own."""
+    def autocast(self) -> torch.autocast:
+        """Inside, modules compute in the parent's dtype, whatever their own."""
         out = self.output_BTD
-        with torch.autocast(out.device.type, dtype=out.dtype, enabled=out.dtype != torch.float32):
+        return torch.autocast(out.device.type, dtype=out.dtype, enabled=out.dtype != torch.float32)
+
+    def replay(self, module: nn.Module) -> Tensor:
+        """What `module` says to the same input: [B, T, D]."""
+        with self.autocast():
             return first(module(*self.args, **self.kwargs))
 
 
@@ -89,7 +93,7 @@ def kv_bytes_per_token(module: nn.Module, layer: int, call: Call) -> int:
 
 
 class ParentRun:
-    """The parent, one layer at a time, over fixed token batches whose hidden states stay in memory."""
+    """The parent, a few layers at a time: over token batches whose hidden states stay in memory, or over any others."""
 
     def __init__(self, parent: Parent, batches: dict[str, list]):
         """`batches` by use, each a list of [B, T] token arrays, all of one shape."""
@@ -97,28 +101,40 @@ class ParentRun:
         tokens = {use: [torch.as_tensor(b, device=parent.device) for b in some] for use, some in batches.items()}
         _, self.others = layer_inputs(parent, next(b for some in tokens.values() for b in some))
         with parent.present(0):
-            self.hidden = {use: [layer_inputs(parent, b, last_layer=0)[0][0] for b in some] for use, some in tokens.items()}
+            self.hidden = {use: [self.enter(b, 0) for b in some] for use, some in tokens.items()}
+
+    def enter(self, input_ids: Tensor, layer: int) -> Tensor:
+        """The hidden states [B, T, D] with which these tokens reach `layer`."""
+        return layer_inputs(self.parent, input_ids, last_layer=layer)[0][layer]
 
     @torch.no_grad()
-    def advance(self, layer: int, use: str) -> Iterator[dict[str, Call]]:
-        """Move each batch of `use` from the input of `layer` to its output; yield what each subblock saw and said."""
+    def through(self, layers: range, hidden_BTD: Tensor) -> Iterator[tuple[int, dict[str, Call]]]:
+        """Run one batch from the first of `layers` on; yield each layer and what its subblocks and the block saw and said."""
         seen: dict[str, Call] = {}
 
         def record(subblock: str) -> Callable:
             return lambda module, args, kwargs, output: seen.__setitem__(subblock, Call(args, kwargs, first(output)))
 
-        handles = [self.parent.module(layer, s).register_forward_hook(record(s), with_kwargs=True) for s in SUBBLOCKS]
-        try:
-            with self.parent.present(layer):
-                for index, hidden_BTD in enumerate(self.hidden[use]):
-                    self.hidden[use][index] = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
-                    yield dict(seen)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for layer in layers:
+            handles = [self.parent.module(layer, s).register_forward_hook(record(s), with_kwargs=True) for s in SUBBLOCKS]
+            try:
+                out_BTD = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            yield layer, {**seen, BLOCK: Call((hidden_BTD,), self.others[layer], out_BTD)}
+            hidden_BTD = out_BTD
+
+    def advance(self, layer: int, use: str) -> Iterator[dict[str, Call]]:
+        """Move each batch of `use` from the input of `layer` to its output; yield what was seen and said there."""
+        for index, hidden_BTD in enumerate(self.hidden[use]):
+            for _, calls in self.through(range(layer, layer + 1), hidden_BTD):
+                self.hidden[use][index] = calls[BLOCK].output_BTD
+                yield calls
 
     def skip(self, layer: int) -> None:
         """Move every batch past a layer that has nothing left to learn."""
-        for use in self.hidden:
-            for _ in self.advance(layer, use):
-                pass
+        with self.parent.present(layer):
+            for use in self.hidden:
+                for _ in self.advance(layer, use):
+                    pass

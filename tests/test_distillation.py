@@ -1,4 +1,6 @@
 """Initialisation, training, scoring and healing do what their formulas say, on the pico parent."""
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,10 +8,11 @@ import torch
 from conftest import PICO_CONFIG, ROOT, architecture, variants
 from torch import nn
 
-from puzzle_core import bld, costs, evaluation, gkd, scoring, surgery, tables
+from puzzle_core import bld, costs, evaluation, gkd, learners, scoring, surgery, tables, windows
 from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
+from puzzle_core.plan import plan
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
 from puzzle_core.trace import layer_inputs, start_at
@@ -81,7 +84,7 @@ def test_the_error_of_a_fit_is_its_normalised_square_error():
     inputs, targets, weight = torch.randn(50, 6), torch.randn(50, 3), torch.randn(6, 3)
     statistics = surgery.RidgeStatistics(nn.Linear(6, 3, bias=False))
     statistics.add(inputs, targets)
-    expected = bld.normalised_mse(inputs @ weight, targets).item()
+    expected = learners.normalised_mse(inputs @ weight, targets).item()
     assert statistics.error(weight.double()) == pytest.approx(expected, rel=1e-4)
 
 
@@ -126,12 +129,81 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
     pd.testing.assert_frame_equal(tables.check("library", shrunk), table)
 
 
-def test_nan_in_training_names_the_variant(pico, corpus, tmp_path):
-    hot = bld.Settings(64, 4, 1024, 4096, 512, None, 1e30, 0.1, 0.0, 1.0)
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, hot, 0, corpus)
-    with pytest.raises(FloatingPointError, match=r"variant w80 of ffn in layer 0 is (nan|inf).*lower `lr`"):
-        bld.train_library(pico, jobs, corpus, hot, 0, tmp_path / "blocks")
-    assert not list((tmp_path / "blocks").glob("*.safetensors"))
+def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, corpus, library, tmp_path, capsys):
+    hot = replace(SETTINGS, lr=1e30)
+    space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
+    table, _ = bld.train_library(pico, bld.jobs(pico, space, hot, 0, corpus), corpus, hot, 0, tmp_path / "blocks")
+    assert set(table.outcome) == {"rolled back"} and (table.loss_after == table.loss_before).all()
+    assert "variant w80 of ffn in layer 0: validation loss" in capsys.readouterr().out
+    module = build_subblock(pico, 0, FFN, Variant("w", 80))
+    load_weights(module, *tables.variant_files(table, tmp_path / "blocks")(0, FFN, Variant("w", 80)))
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_the_refit_always_holds_a_batch_out():
+    with pytest.raises(ValueError, match="is one batch .4 x 64.: the refit holds one out"):
+        replace(SETTINGS, calibration_tokens=256)
+
+
+def test_settled_variants_stop_early_and_say_when(pico, corpus, tmp_path):
+    settings = replace(SETTINGS, train_tokens=4096, eval_every_steps=4, settled=0.5)
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, settings, 0, corpus)
+    table, _ = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
+    settled = table[table.outcome == "settled"]
+    assert len(settled) and (settled.num_tokens % 1024 == 0).all() and (settled.num_tokens < 4096).all()
+    assert (table.loss_after <= table.loss_before).all()
+
+
+@pytest.mark.parametrize("changes", [{"target": "block"}, {"loss_per": "token"}])
+def test_every_target_and_loss_can_be_learnt(pico, corpus, tmp_path, changes):
+    settings = replace(SETTINGS, **changes)
+    space = {"attention": [Variant("kv", 1)], FFN: [Variant("w", 80), Variant("w", 48)]}
+    table, _ = bld.train_library(pico, bld.jobs(pico, space, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
+    assert (table.loss_after < table.loss_before).mean() > 0.7
+
+
+def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_path):
+    space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
+    jobs = bld.jobs(pico, space, SETTINGS, 0, corpus)
+    wanted, budgets = [(j.layer, j.subblock, j.variant) for j in jobs], {"calibration": 1024, "train": 2048, "val": 512}
+    whole = plan(pico, wanted, budgets, 64, 4, None)
+    assert whole.holds_training and len(whole.windows) == 4
+    gib = (whole.peak_bytes - 2048 * 64 * 4 + 1000) / 2**30
+    small = plan(pico, wanted, budgets, 64, 4, gib)
+    assert not small.holds_training and len(small.windows) == 4 and small.parent_flops == 2.5 * whole.parent_flops
+    with pytest.raises(ValueError, match="one layer's variants need"):
+        plan(pico, wanted, budgets, 64, 4, gib / 2)
+    tables_of = []
+    for number, memory_gib in enumerate((None, gib, 1.5 * gib)):
+        settings = replace(SETTINGS, memory_gib=memory_gib)
+        tables_of.append(bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / str(number) / "blocks")[0])
+    pd.testing.assert_frame_equal(tables_of[0], tables_of[1])
+    pd.testing.assert_frame_equal(tables_of[0], tables_of[2])
+
+
+def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch):
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, SETTINGS, 0, corpus)
+    settings = replace(SETTINGS, save_every_steps=3)
+    whole, _ = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "whole" / "blocks")
+    step, taken = windows.Window.step, []
+
+    def killed(self, hidden):
+        taken.append(self.layers.start)
+        if taken.count(1) == 5:
+            raise KeyboardInterrupt
+        return step(self, hidden)
+
+    monkeypatch.setattr(windows.Window, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
+    taken.clear()
+    monkeypatch.setattr(windows.Window, "step", lambda self, hidden: (taken.append(self.layers.start), step(self, hidden))[1])
+    resumed, made = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
+    assert made == 6 and taken.count(1) == 8 - 3
+    pd.testing.assert_frame_equal(resumed, whole)
+    for name in whole.path:
+        assert (tmp_path / "blocks" / name).read_bytes() == (tmp_path / "whole" / "blocks" / name).read_bytes()
+    assert not list((tmp_path / ".bld").iterdir())
 
 
 def test_weights_that_are_not_the_librarys_are_refused(pico, library):

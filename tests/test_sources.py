@@ -1,4 +1,5 @@
 """Parents in: hub, folder, GGUF; safetensors only; and a parent larger than its memory budget, layer by layer from disk."""
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -152,9 +153,9 @@ def test_a_run_over_a_parent_in_parts_keeps_to_the_budget_and_reads_a_layer_once
 
 def count_reads(parent: Parent) -> list[str]:
     """Every name that is read from disk from now on."""
-    read, tensors = [], parent.on_disk
+    read, tensors = [], parent.shards.tensors
     reading = type("Reading", (), {"__getitem__": lambda _, name: read.append(name) or tensors[name]})()
-    object.__setattr__(parent, "on_disk", reading)
+    object.__setattr__(parent.shards, "tensors", reading)
     return read
 
 
@@ -166,7 +167,7 @@ def test_a_forward_that_is_broken_off_leaves_no_layer_in_memory(folder, pico):
 
 def test_a_parent_within_its_budget_is_loaded_whole(folder, pico):
     whole = load_parent("directory", path=str(folder), memory_gib=resident_bytes(pico.model) / GIB)
-    assert whole.on_disk is None and resident_bytes(whole.model) == resident_bytes(pico.model)
+    assert whole.shards is None and resident_bytes(whole.model) == resident_bytes(pico.model)
 
 
 def test_a_budget_that_cannot_work_says_what_is_needed(folder, pico):
@@ -179,22 +180,46 @@ def test_a_budget_that_cannot_work_says_what_is_needed(folder, pico):
         load_parent("random", config={"model_type": "llama"}, memory_gib=1.0)
 
 
-def test_bld_and_score_make_the_same_tables_of_a_parent_in_parts(folder, pico, tmp_path, capsys):
-    tables = {}
-    for how, memory_gib in {"whole": None, "parts": budget(pico) / GIB}.items():
-        out = tmp_path / how
-        preset = [f"parent.path={folder}", "parent.dtype=float32", "parent.device=cpu", f"parent.memory_gib={memory_gib or 'null'}"]
-        small = ["bld.train_tokens=256", "bld.calibration_tokens=1024", "bld.val_tokens=256", "score.num_tokens=256"]
-        cfg = composed(*[p for p in PICO if p != "parent=pico"], "parent=directory", *preset, *small, f"data={out}")
-        cfg.out = str(out)
-        stages.bld.run(cfg)
-        stages.score.run(cfg)
-        if memory_gib:
-            with pytest.raises(SystemExit):  # timings of a parent that is read from disk would be no timings
-                stages.profile_hardware.run(cfg)
-            assert "this stage needs the whole parent in memory" in capsys.readouterr().err
-        tables[how] = [pd.read_parquet(out / f"{name}.parquet") for name in ("library", "scores")]
-    for parts, whole in zip(tables["parts"], tables["whole"], strict=True):
-        pd.testing.assert_frame_equal(parts, whole)
+@pytest.mark.parametrize("bld_gib", [None, 0.004], ids=["layer by layer", "windows that run the layers below again"])
+def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folder, pico, tmp_path, monkeypatch, bld_gib):
+    peaks, tables = [], {}
+    load = stages.bld.load_parent
+
+    @functools.wraps(load)
+    def watched(*args, **kwargs):
+        parent = load(*args, **kwargs)
+        for module in parent.model.modules():
+            module.register_forward_hook(lambda *_: peaks.append(resident_bytes(parent.model)))
+        return parent
+
+    monkeypatch.setattr(stages.bld, "load_parent", watched)
+    limit = budget(pico, num_layers=1 if bld_gib is None else 3)
+    for how, memory_gib in {"whole": "null", "parts": limit / GIB}.items():
+        peaks.clear()
+        stages.bld.run(config(folder, tmp_path / how, memory_gib, f"+bld.memory_gib={bld_gib or 'null'}"))
+        tables[how] = pd.read_parquet(tmp_path / how / "library.parquet")
+    assert max(peaks) == limit
+    pd.testing.assert_frame_equal(tables["parts"], tables["whole"])
     for file in (tmp_path / "whole" / "blocks").iterdir():
         assert file.read_bytes() == (tmp_path / "parts" / "blocks" / file.name).read_bytes()
+
+
+def config(folder, out, memory_gib, *more: str):
+    small = ["bld.train_tokens=1024", "bld.calibration_tokens=512", "bld.val_tokens=256", "score.num_tokens=256"]
+    preset = [f"parent.path={folder}", "parent.dtype=float32", "parent.device=cpu", f"parent.memory_gib={memory_gib}"]
+    cfg = composed(*[p for p in PICO if p != "parent=pico"], "parent=directory", *preset, *small, *more, f"data={out}")
+    cfg.out = str(out)
+    return cfg
+
+
+def test_scores_are_those_of_the_whole_parent_and_timings_are_refused(folder, pico, tmp_path, capsys):
+    stages.bld.run(config(folder, tmp_path, "null", "bld.train_tokens=0"))
+    scores = []
+    for memory_gib in ("null", budget(pico) / GIB):
+        stages.score.run(config(folder, tmp_path, memory_gib))
+        scores.append(pd.read_parquet(tmp_path / "scores.parquet"))
+        (tmp_path / "scores.parquet").unlink()
+    pd.testing.assert_frame_equal(*scores)
+    with pytest.raises(SystemExit):
+        stages.profile_hardware.run(config(folder, tmp_path, budget(pico) / GIB))
+    assert "this stage needs the whole parent in memory" in capsys.readouterr().err

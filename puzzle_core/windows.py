@@ -1,0 +1,387 @@
+"""A window of layers whose variants train beside each other: initialised, refitted, trained, measured, written."""
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from puzzle_core import surgery
+from puzzle_core.files import atomic, fingerprint
+from puzzle_core.learners import Learner, alone, normalised_mse, together
+from puzzle_core.parents import Parent
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, Variant
+from puzzle_core.subblocks import build_subblock, num_params, swapped
+from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How variants are trained: one preset of conf/bld/."""
+
+    seq_len: int
+    batch_size: int  # sequences a step
+    calibration_tokens: int
+    train_tokens: int
+    val_tokens: int
+    ridge: list[float] | None  # strengths of the refit's prior to choose from; None: no refit
+    lr: float
+    warmup_fraction: float
+    weight_decay: float
+    grad_clip: float  # of each variant's gradient norm
+    target: str = "subblock"  # whose output is matched: the subblock's own, or the whole block's with the other half frozen
+    loss_per: str = "tensor"  # the MSE is normalised over the whole tensor, or for each token
+    eval_every_steps: int | None = None  # None: only before and after
+    settled: float | None = None  # a variant stops when its loss fell by less than this share since the last evaluation
+    # What follows says how the work is done, not what comes of it: no part of a fingerprint.
+    save_every_steps: int | None = None  # of a window in training, to go on from after a kill; None: begin the window again
+    memory_gib: float | None = None  # of the device; None: what a GPU has, no limit on a CPU
+    compile: bool = False  # the learners' forward and backward; pays on a GPU and long runs
+    plan_only: bool = False
+
+    def __post_init__(self):
+        if self.calibration_tokens < 1 or self.val_tokens < 1:
+            raise ValueError("bld.calibration_tokens and bld.val_tokens must be positive: pruning and the losses are measured on them")
+        if self.ridge is not None and self.calibration_tokens <= self.seq_len * self.batch_size:
+            raise ValueError(
+                f"bld.calibration_tokens ({self.calibration_tokens}) is one batch ({self.batch_size} x {self.seq_len}): the refit holds "
+                "one out to choose its strength by. Raise it, lower bld.batch_size, or set bld.ridge to null."
+            )
+        for key, known in {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"bld.{key} is '{getattr(self, key)}'; expected {' or '.join(known)}")
+        if self.settled is not None and self.eval_every_steps is None:
+            raise ValueError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
+
+    def determining(self) -> dict:
+        """The settings that decide what a variant's weights are."""
+        names = [field.name for field in fields(self)]
+        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")]}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the library: a variant of one subblock of one layer, and the hash of all that determines its weights."""
+
+    layer: int
+    subblock: str
+    variant: Variant
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"variant {self.variant} of {self.subblock} in layer {self.layer}"
+
+    @property
+    def file_name(self) -> str:
+        """Relative to blocks/. The parent's and no_op's files hold no tensors, only their row."""
+        return f"{self.layer:03d}-{self.subblock}-{self.variant}.safetensors"
+
+
+@dataclass
+class Trainee:
+    """A variant at work: its module in the parent's dtype, and what is known of it so far."""
+
+    job: Job
+    module: nn.Module
+    last: nn.Module | None = None  # the projection back into the residual stream
+    init: str = ""
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+    num_tokens: int = 0
+    outcome: str = "untrained"
+
+
+def lr_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Factor in 0..1 of the peak learning rate: linear warm-up, then half a cosine down to 0."""
+    warmup = max(1, round(warmup_fraction * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+class Window:
+    """The variants of some consecutive layers: initialised, trained beside each other, measured, written."""
+
+    def __init__(self, run: ParentRun, layers: range, here: list[Job], settings: Settings, num_steps: int, blocks: Path):
+        self.run, self.layers, self.settings, self.num_steps, self.blocks = run, layers, settings, num_steps, blocks
+        self.first_val = list(run.hidden["val"])
+        self.kv_calls: dict[int, Call] = {}
+        self.trainees = [trainee for layer in layers for trainee in self._initialise([job for job in here if job.layer == layer], layer)]
+        self.learners = self._learners() if num_steps else {}
+        self.state_file = blocks.with_name(".bld") / f"{layers.start}-{layers.stop}.pt"
+        self.state_of = fingerprint(*(job.fingerprint for job in here), num_steps)
+
+    # -------------------------------------------------------------------------------------------- before training
+
+    def _initialise(self, here: list[Job], layer: int) -> list[Trainee]:
+        """Initialise and refit the variants of one layer, moving the calibration and validation runs past it."""
+        parent, run, settings = self.run.parent, self.run, self.settings
+        inner_last = getattr(parent.module(layer, FFN), parent.family.ffn.last)
+        contributions: list[Tensor] = []
+        handle = inner_last.register_forward_pre_hook(
+            lambda module, args: contributions.append(surgery.channel_contribution(args[0].flatten(0, -2), module.weight))
+        )
+        calibration = list(run.advance(layer, "calibration"))
+        handle.remove()
+        importance_I = torch.stack(contributions).mean(dim=0)
+        validation = list(run.advance(layer, "val"))
+        self.kv_calls[layer] = validation[0][ATTENTION]
+        trainees = [_initialised(parent, job, importance_I) for job in here]
+        for trainee in trainees:
+            if trainee.last is not None and settings.ridge is not None:
+                _refit(trainee, calibration, settings.ridge)
+            trainee.module = trainee.module.to(parent.model.dtype)
+            trainee.loss_before = trainee.loss_after = self._loss(trainee, layer, validation)
+        return trainees
+
+    @torch.no_grad()
+    def _loss(self, trainee: Trainee, layer: int, batches: list[dict[str, Call]]) -> float:
+        learner = Learner.of_one(trainee.module)
+        losses = [self._losses(learner, layer, trainee.job.subblock, calls)[0] for calls in batches]
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss of {trainee.job} is {loss} as it was initialised: the parent's activations overflow; use dtype "
+                "bfloat16 or float32 in conf/parent/"
+            )
+        return loss
+
+    def _learners(self) -> dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]]:
+        """What trains, by layer and subblock: FFN variants together where their own outputs are what counts, others alone."""
+        learners: dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]] = {}
+        for layer in self.layers:
+            # A refitted linear variant is at its optimum already; the parent and no_op have nothing to train.
+            closed = self.settings.ridge is not None
+            some = [t for t in self.trainees if t.job.layer == layer and t.last is not None and not (closed and t.job.variant == LINEAR)]
+            of_width = [t for t in some if t.job.variant.kind == "w"]
+            fused = None
+            if len(of_width) > 1 and self.settings.target == "subblock":
+                widths = [t.job.variant.size for t in of_width]
+                fused = together(self.run.parent, layer, widths, [t.module for t in of_width])
+            found = [(FFN, fused, of_width)] if fused else []
+            found += [(t.job.subblock, alone(t.module), [t]) for t in some if not (fused and t in of_width)]
+            learners[layer] = {s: [(learner, some) for subblock, learner, some in found if subblock == s] for s in (ATTENTION, FFN)}
+        return learners
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def _each(self) -> list[tuple[int, str, Learner, list[Trainee]]]:
+        return [(layer, s, learner, some) for layer, of in self.learners.items() for s, found in of.items() for learner, some in found]
+
+    def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call]) -> list[Tensor]:
+        """The loss of each variant of `learner` on one batch, against what `bld.target` names."""
+        if self.settings.target == "subblock":
+            return _subblock_losses(self.settings.compile)(learner, calls[subblock], self.settings.loss_per)
+        block = calls[BLOCK]
+        with swapped(self.run.parent, layer, subblock, learner.module):
+            return [normalised_mse(block.replay(self.run.parent.layers[layer]), block.output_BTD, self.settings.loss_per)]
+
+    def step(self, hidden_BTD: Tensor) -> Tensor:
+        """One step of all the window's variants on one batch; what the parent's layers make of it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer, calls in self.run.through(self.layers, hidden_BTD):
+            hidden_BTD = calls[BLOCK].output_BTD
+            for subblock, found in self.learners[layer].items():
+                for learner, _ in found:
+                    torch.stack(self._losses(learner, layer, subblock, calls)).sum().backward()
+        for _, _, learner, some in self._each():
+            for index in range(len(some)):
+                gradients = learner.gradients(index)
+                norm = nn.utils.get_total_norm(gradients)
+                for gradient in gradients:
+                    gradient.mul_((self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        return hidden_BTD
+
+    def train(self, batches: list, progress: tqdm) -> dict[Job, dict]:
+        """Train on [B, T] token `batches`, write every variant's file; the library rows."""
+        if self._each():
+            self._learn(batches, progress)
+        elif "train" in self.run.hidden:
+            for layer in self.layers:
+                for _ in self.run.advance(layer, "train"):
+                    pass
+        rows = {trainee.job: _save(trainee, self.run.parent, self.kv_calls[trainee.job.layer], self.blocks) for trainee in self.trainees}
+        self.state_file.unlink(missing_ok=True)
+        return rows
+
+    def _learn(self, batches: list, progress: tqdm) -> None:
+        settings, device = self.settings, self.run.parent.device
+        parameters = [p for _, _, learner, _ in self._each() for p in learner.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=torch.tensor(settings.lr, device=device), weight_decay=settings.weight_decay, fused=True, capturable=device.type == "cuda"
+        )
+        done = self._restore()
+        rate = self.optimizer.param_groups[0]["lr"]  # restoring puts another tensor in its place
+        step, stopped_at = Captured(self.step) if device.type == "cuda" else self.step, {}
+        held, last = self.run.hidden.get("train"), {t.job: t.loss_before for t in self.trainees}
+        for index, batch in enumerate(batches):
+            hidden = held[index] if held else self.run.enter(torch.as_tensor(batch, device=device), self.layers.start)
+            if index < done or len(stopped_at) == len(self._trained()):
+                out = self._pass(hidden) if held else None
+            else:
+                rate.fill_(settings.lr * lr_factor(index, self.num_steps, settings.warmup_fraction))
+                out = step(hidden)
+                if settings.save_every_steps and (index + 1) % settings.save_every_steps == 0 and index + 1 < len(batches):
+                    self._keep(index + 1)
+                if settings.settled is not None and (index + 1) % settings.eval_every_steps == 0:
+                    self._stop_settled(index + 1, last, stopped_at)
+            if held:
+                held[index] = out
+            progress.update()
+        self._finish(stopped_at, batches[0].size)
+
+    def _pass(self, hidden_BTD: Tensor) -> Tensor:
+        """The batch moved past the window, nothing learnt."""
+        for _, calls in self.run.through(self.layers, hidden_BTD):
+            hidden_BTD = calls[BLOCK].output_BTD
+        return hidden_BTD
+
+    def _trained(self) -> list[Trainee]:
+        return [trainee for _, _, _, some in self._each() for trainee in some]
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[Job, float]:
+        """The mean validation loss of every variant in training."""
+        losses: dict[Job, list[Tensor]] = {trainee.job: [] for trainee in self._trained()}
+        for hidden_BTD in self.first_val:
+            for layer, calls in self.run.through(self.layers, hidden_BTD):
+                for subblock, found in self.learners[layer].items():
+                    for learner, some in found:
+                        for trainee, loss in zip(some, self._losses(learner, layer, subblock, calls), strict=True):
+                            losses[trainee.job].append(loss)
+        return {job: torch.stack(some).mean().item() for job, some in losses.items()}
+
+    def _stop_settled(self, step: int, last: dict[Job, float], stopped_at: dict[Job, int]) -> None:
+        """Take the weights of each variant whose loss has settled. What computes it goes on until all in its window have."""
+        now = self._evaluate()
+        for _, _, learner, some in self._each():
+            for index, trainee in enumerate(some):
+                job = trainee.job
+                if job not in stopped_at and not now[job] < last[job] * (1 - self.settings.settled):
+                    stopped_at[job] = step
+                    self._take(learner, index, trainee, now[job], "settled")
+        last.update(now)
+
+    def _finish(self, stopped_at: dict[Job, int], tokens_per_step: int) -> None:
+        now = self._evaluate()
+        for _, _, learner, some in self._each():
+            for index, trainee in enumerate(some):
+                if trainee.job not in stopped_at:
+                    self._take(learner, index, trainee, now[trainee.job], "trained")
+                trainee.num_tokens = stopped_at.get(trainee.job, self.num_steps) * tokens_per_step
+
+    def _take(self, learner: Learner, index: int, trainee: Trainee, loss: float, outcome: str) -> None:
+        """Let the trained weights be the variant's, unless those it began with were better."""
+        if loss <= trainee.loss_before:  # False for NaN
+            learner.write(index, trainee.module)
+            trainee.loss_after, trainee.outcome = loss, outcome
+        else:
+            trainee.outcome = "rolled back"
+            tqdm.write(f"bld: {trainee.job}: validation loss {trainee.loss_before:.4g} before training, {loss:.4g} after; kept as it was")
+
+    # -------------------------------------------------------------------------------------------- a killed window
+
+    def _keep(self, step: int) -> None:
+        weights = [learner.state_dict() for _, _, learner, _ in self._each()]
+        with atomic(self.state_file) as part:
+            torch.save({"of": self.state_of, "step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}, part)
+
+    def _restore(self) -> int:
+        """Steps already done, by a run that was killed."""
+        if not self.state_file.exists():
+            return 0
+        state = torch.load(self.state_file, map_location=self.run.parent.device)
+        if state["of"] != self.state_of:
+            return 0
+        for (_, _, learner, _), weights in zip(self._each(), state["weights"], strict=True):
+            learner.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+
+class Captured:
+    """`step` as one CUDA graph: launching its kernels one by one would take longer than they do.
+
+    The first calls run as they are, because what is made only once must not be captured.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor]):
+        self.step, self.num_calls, self.graph = step, 0, None
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        self.num_calls += 1
+        if self.num_calls <= 3:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                out_BTD = self.step(hidden_BTD)
+            torch.cuda.current_stream().wait_stream(stream)
+            return out_BTD
+        if self.graph is None:
+            self.hidden_BTD, self.graph = hidden_BTD.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out_BTD = self.step(self.hidden_BTD)
+        self.hidden_BTD.copy_(hidden_BTD)
+        self.graph.replay()
+        return self.out_BTD.clone()
+
+
+@functools.cache
+def _subblock_losses(compiled: bool) -> Callable:
+    return torch.compile(Learner.losses, dynamic=False) if compiled else Learner.losses
+
+
+def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
+    """Write the variant's file, with its library row inside so that a later run can tell what it is."""
+    job, attention, module = trainee.job, trainee.job.subblock == ATTENTION, trainee.module
+    row = {
+        "layer": job.layer,
+        "subblock": job.subblock,
+        "variant": str(job.variant),
+        "init": trainee.init,
+        "loss_before": trainee.loss_before,
+        "loss_after": trainee.loss_after,
+        "num_tokens": trainee.num_tokens,
+        "outcome": trainee.outcome,
+        "num_params": num_params(parent, job.layer, job.subblock, module),
+        "kv_bytes_per_token": kv_bytes_per_token(module, job.layer, call) if attention else 0,
+        "path": job.file_name,
+        "fingerprint": job.fingerprint,
+    }
+    with atomic(blocks / job.file_name) as part:
+        save_file({} if job.variant == PARENT else module.state_dict(), part, metadata={"row": json.dumps(row)})
+    return row
+
+
+def _initialised(parent: Parent, job: Job, importance_I: Tensor) -> Trainee:
+    names = parent.family.subblock(job.subblock)
+    original = parent.module(job.layer, job.subblock)
+    if job.variant == PARENT:
+        return Trainee(job, original, init="parent")
+    module = build_subblock(parent, job.layer, job.subblock, job.variant)
+    how = surgery.initialise(original, module, names, job.variant, importance_I)
+    if job.variant == NO_OP:
+        return Trainee(job, module, init=how)
+    return Trainee(job, module.float(), module if job.variant == LINEAR else getattr(module, names.last), init=how)
+
+
+@torch.no_grad()
+def _refit(trainee: Trainee, calibration: list[dict[str, Call]], strengths: list[float]) -> None:
+    """Ridge regression of the last projection; every fourth batch, and the last, is held out to choose the strength by."""
+    inputs: list[Tensor] = []
+    fitting, held_out = surgery.RidgeStatistics(trainee.last), surgery.RidgeStatistics(trainee.last)
+    handle = trainee.last.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for index, calls in enumerate(calibration):
+        call = calls[trainee.job.subblock]
+        call.replay(trainee.module)
+        (held_out if index % 4 == 3 or index == len(calibration) - 1 else fitting).add(inputs.pop(), call.output_BTD)
+    handle.remove()
+    trainee.init += f"+ridge{surgery.refit(trainee.last, fitting, held_out, strengths):g}"
