@@ -210,12 +210,18 @@ class Window:
         self.state_file.unlink(missing_ok=True)
         return rows
 
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """One for all: AdamW is elementwise, so each variant's weights go their own way in it. Its rate is a tensor, to be set."""
+        device = self.run.parent.device
+        parameters = [p for _, _, learner, _ in self._each() for p in learner.parameters()]
+        rate = torch.tensor(self.settings.lr, device=device)
+        return torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=self.settings.weight_decay, fused=True, capturable=device.type == "cuda"
+        )
+
     def _learn(self, batches: list, progress: tqdm) -> None:
         settings, device = self.settings, self.run.parent.device
-        parameters = [p for _, _, learner, _ in self._each() for p in learner.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=torch.tensor(settings.lr, device=device), weight_decay=settings.weight_decay, fused=True, capturable=device.type == "cuda"
-        )
+        self.optimizer = self.make_optimizer()
         done = self._restore()
         rate = self.optimizer.param_groups[0]["lr"]  # restoring puts another tensor in its place
         step, stopped_at = Captured(self.step) if device.type == "cuda" else self.step, {}

@@ -1,0 +1,65 @@
+"""What every benchmark says of where it ran, and how it writes its results."""
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from puzzle_core.costs import hardware_name
+
+ROOT = Path(__file__).resolve().parents[1]
+GEOMETRIES = {  # random weights: right for speed, meaningless for quality
+    "pico": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 16},
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+    "llama-3.2-1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    "llama-3.1-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "llama-3.1-70b": {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                      "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+
+
+def geometry(name: str) -> dict:
+    """The config of a Llama of that geometry."""
+    return {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": True, **GEOMETRIES[name]}
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """The rate of a large square product, measured: what utilisation is a share of."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        start = now(device)
+        for _ in range(4):
+            a @ b
+        best = min(best, (now(device) - start) / 4)
+    return 2 * size**3 / best
+
+
+def write_results(name: str, figures: object, device: torch.device) -> Path:
+    """docs/results/NAME.json: machine, versions, command, figures."""
+    content = {
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "machine": hardware_name(device),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers")}},
+        "figures": figures,
+    }
+    path = ROOT / "docs" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
