@@ -15,6 +15,8 @@ import stages.bld
 import stages.profile_hardware
 import stages.score
 from puzzle_core.parents import Parent, load_parent
+from puzzle_core.plan import plan
+from puzzle_core.spec import Variant
 from puzzle_core.trace import ParentRun, layer_inputs
 
 IDS = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -180,9 +182,13 @@ def test_a_budget_that_cannot_work_says_what_is_needed(folder, pico):
         load_parent("random", config={"model_type": "llama"}, memory_gib=1.0)
 
 
-@pytest.mark.parametrize("bld_gib", [None, 0.004], ids=["layer by layer", "windows that run the layers below again"])
-def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folder, pico, tmp_path, monkeypatch, bld_gib):
-    peaks, tables = [], {}
+@pytest.mark.parametrize(("num_layers", "windows"), [(1, "one layer each"), (3, "two layers, those below run again")])
+def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folder, pico, tmp_path, monkeypatch, num_layers, windows):
+    peaks, tables, limit = [], {}, budget(pico, num_layers)
+    parts = load_parent("directory", path=str(folder), memory_gib=limit / GIB, in_parts=True)
+    wanted = [(n, s, v) for n in range(4) for s, v in (("attention", Variant("kv", 1)), ("ffn", Variant("w", 80)))]
+    planned = plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, None)
+    bld_gib = "null" if num_layers == 1 else (planned.peak_bytes - 1) / GIB  # then the hidden states do not fit
     load = stages.bld.load_parent
 
     @functools.wraps(load)
@@ -193,10 +199,10 @@ def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folde
         return parent
 
     monkeypatch.setattr(stages.bld, "load_parent", watched)
-    limit = budget(pico, num_layers=1 if bld_gib is None else 3)
+    space = ["search_space.attention=[kv1]", "search_space.ffn=[w80]", "bld.train_tokens=4096"]
     for how, memory_gib in {"whole": "null", "parts": limit / GIB}.items():
         peaks.clear()
-        stages.bld.run(config(folder, tmp_path / how, memory_gib, f"+bld.memory_gib={bld_gib or 'null'}"))
+        stages.bld.run(config(folder, tmp_path / how, memory_gib, *space, f"+bld.memory_gib={bld_gib if how == 'parts' else 'null'}"))
         tables[how] = pd.read_parquet(tmp_path / how / "library.parquet")
     assert max(peaks) == limit
     pd.testing.assert_frame_equal(tables["parts"], tables["whole"])
