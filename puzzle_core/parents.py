@@ -50,7 +50,8 @@ def pick_device(name: str = "auto") -> torch.device:
 class Origin:
     """Where a parent came from, for its children's model cards."""
 
-    text: str  # Markdown, no path of this machine
+    name: str
+    text: str  # Markdown; neither has a path of this machine
     license: str | None = None  # an identifier as the hub has them, e.g. apache-2.0; None: not known
     hub_id: str | None = None
 
@@ -230,36 +231,36 @@ def load_parent(
     if source == "random":
         if memory_gib is not None:
             raise ValueError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
-        family, content, origin = family_of(config["model_type"]), "", Origin("random weights, for tests", license)
+        family, content, origin = family_of(config["model_type"]), "", Origin("random weights", "random weights, for tests", license)
         model, tokenizer = _random_model(config, seed, torch_dtype).to(device), _byte_tokenizer()
     else:
-        place, content, text = _located(source, path, package, sha256, id, revision)
+        place, content, name, text = _located(source, path, package, sha256, id, revision)
         more = {"revision": revision if source == "hub" else None, "trust_remote_code": trust_remote_code}
         family = _family(place, **more)
         with damage_named(place), _pickles_refused(place, more["revision"]):
             model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
-        origin = Origin(text, license or _license(place, more["revision"]), id if source == "hub" else None)
+        origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
     return Parent(model.eval().requires_grad_(False), tokenizer, family, identity, origin, shards)
 
 
 def _located(
     source: str, path: str | None, package: str | None, sha256: str | None, id: str | None, revision: str | None
-) -> tuple[str | Path, str, str]:
-    """Where transformers finds the parent, what tells its content apart from another's, and where it came from in words."""
+) -> tuple[str | Path, str, str, str]:
+    """Where transformers finds the parent, what tells its content apart from another's, its name and where it came from."""
     if source == "hub":
         commit = Path(cached_file(id, "config.json", revision=revision)).parent.name  # the one behind the revision
-        return id, commit, f"[{id}](https://huggingface.co/{id}) at revision {commit}"
+        return id, commit, id, f"[{id}](https://huggingface.co/{id}) at revision {commit}"
     if source not in ("directory", "gguf"):
         raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
     file = _gguf_file(path, package) if source == "gguf" else Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")
     if source == "directory":
-        return file, _sampled_hash(file), f"the local checkpoint `{file.name}`"
+        return file, _sampled_hash(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
     place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
-    return place, _sampled_hash(place), f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
+    return place, _sampled_hash(place), file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
 
 
 def _read_model(
