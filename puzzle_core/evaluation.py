@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from puzzle_core.costs import side_by_side
-from puzzle_core.scoring import Reference
+from puzzle_core.quality import Reference
 from puzzle_core.spec import Scenario
 
 

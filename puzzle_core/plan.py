@@ -62,11 +62,16 @@ class _Layer:
     flops_per_token: float
     wide: int  # values of width one held for each token: FFN channels, attention projections
     num_outputs: int
+    widest: int  # inputs of the largest last projection: what the refit's statistics are squares of
+
+    def refit_bytes(self, tokens: int, itemsize: int) -> int:
+        """While one variant is refitted: its activations, in float32 too, and float64 statistics with what solving takes."""
+        return self.widest * (tokens * (3 * itemsize + 4) + 6 * 8 * self.widest)
 
 
 def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear: bool) -> _Layer:
     """Forward 2 FLOPs a weight and token, gradient of the weights 2, gradient into the activations 2 for the last matrix."""
-    params = shell = wide = num_outputs = 0
+    params = shell = wide = num_outputs = widest = 0
     flops = 0.0
     hidden = parent.model.config.get_text_config().hidden_size
     for subblock, variant in wanted:
@@ -75,15 +80,16 @@ def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear
         module = build_subblock(parent, 0, subblock, variant)
         count = sum(p.numel() for p in module.parameters())
         shell += count
+        last = module.get_submodule(parent.family.subblock(subblock).last) if variant != LINEAR else module
+        widest = max(widest, _matrix_params(last) // hidden)
         if variant == LINEAR and closed_form_linear:
             continue
-        last = module.get_submodule(getattr(parent.family.subblock(subblock), "last", "")) if variant != LINEAR else module
         matrices, of_last = _matrix_params(module), _matrix_params(last)
         params += count
         flops += 4 * matrices + 2 * of_last
         wide += (matrices - of_last) // hidden + of_last // hidden
         num_outputs += 1
-    return _Layer(params, shell, flops, wide, num_outputs)
+    return _Layer(params, shell, flops, wide, num_outputs, widest)
 
 
 def plan(
@@ -112,13 +118,15 @@ def plan(
         sizes = [num_bytes(layer) for layer in parent.layers]
         fixed -= sum(sizes) - max(sizes)
         need = {n: size + sizes[n] for n, size in need.items()}
-    working = max(tokens * (layer.wide * 4 * itemsize + layer.num_outputs * hidden * 3 * itemsize) for layer in of_layer.values())
+    training = max(tokens * itemsize * 3 * (layer.wide + layer.num_outputs * hidden) for layer in of_layer.values())
+    calls = (budgets["calibration"] + budgets["val"]) * hidden * itemsize * 5  # what a layer's subblocks see and say
+    working = max(training, calls + max(layer.refit_bytes(tokens, itemsize) for layer in of_layer.values()))
     limit = _limit(parent.device, memory_gib)
-    training = budgets["train"] * hidden * itemsize
+    hiddens = budgets["train"] * hidden * itemsize
     smallest = fixed + working + max(need.values())
-    holds_training = smallest + training <= limit
+    holds_training = smallest + hiddens <= limit
     if holds_training:
-        windows, fixed = [range(n, n + 1) for n in of_layer], fixed + training
+        windows, fixed = [range(n, n + 1) for n in of_layer], fixed + hiddens
     else:
         if smallest > limit:
             raise ValueError(

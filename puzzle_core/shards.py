@@ -3,6 +3,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -89,10 +90,16 @@ def load_shards(
     remove_hook_from_module(model, recurse=True)
     shards = Shards(model.get_submodule(layers), layers, tensors, max_layers, device, converted)
     for index, layer in enumerate(shards.layers):
+        vars(layer).pop("forward", None)  # the class's own, which accelerate leaves on the instance
         stack = contextlib.ExitStack()
-        layer.register_forward_pre_hook(lambda *_, index=index, stack=stack: stack.enter_context(shards.present(index)))
+        layer.register_forward_pre_hook(partial(_fetch, shards, index, stack))
         layer.register_forward_hook(lambda *_, stack=stack: stack.close(), always_call=True)
     return model, shards
+
+
+def _fetch(shards: Shards, index: int, stack: contextlib.ExitStack, layer: nn.Module, *_: object) -> None:
+    if "forward" not in vars(layer):  # else something stands in for it (see `trace`), which needs no weights
+        stack.enter_context(shards.present(index))
 
 
 def _device_map(model: PreTrainedModel, layers: str, device: torch.device) -> dict[str, str]:

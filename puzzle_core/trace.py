@@ -1,11 +1,12 @@
 """Running the parent in parts: what enters each layer, what each subblock sees and says, and starting half way up."""
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from puzzle_core.parents import Parent
 from puzzle_core.spec import BLOCK, SUBBLOCKS
@@ -52,16 +53,64 @@ def layer_inputs(parent: Parent, input_ids: Tensor, last_layer: int | None = Non
 
 
 @contextlib.contextmanager
-def start_at(parent: Parent, layer: int, hidden_BTD: Tensor) -> Iterator[None]:
-    """While open, the model's own forward skips the layers below `layer` and enters it with `hidden_BTD`."""
-    skipped = parent.layers[:layer]
-    for module in skipped:
-        module.forward = lambda hidden_states, *args, **kwargs: hidden_BTD
+def _answering(modules: Iterable[nn.Module], output: object) -> Iterator[None]:
+    """While open, each of `modules` says `output` without looking at its input."""
+    modules = list(modules)
+    for module in modules:
+        module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        for module in skipped:
+        for module in modules:
             del module.forward
+
+
+@contextlib.contextmanager
+def start_at(parent: Parent, layer: int, hidden_BTD: Tensor | None) -> Iterator[None]:
+    """While open, the model's own forward skips the layers below `layer` and enters it with `hidden_BTD`.
+
+    Where `layer` is 0 nothing is skipped: the forward starts from the tokens. Where it is the number of layers, what is
+    left is the final norm and the head.
+    """
+    with _answering(parent.layers[:layer], hidden_BTD):
+        yield
+
+
+@torch.no_grad()
+def run_layers(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """What enters layer `stop` when `hidden_BTD` enters layer `start`: [B, T, D]; no layer from `stop` on is run."""
+    if start == stop:
+        return hidden_BTD
+    outputs: list[Tensor] = []
+
+    def leave(module, args, output):
+        outputs.append(first(output))
+        raise _Stop
+
+    handle = parent.layers[stop - 1].register_forward_hook(leave)
+    try:
+        with start_at(parent, start, hidden_BTD):
+            parent.model.base_model(input_ids=input_ids_BT, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return outputs[0]
+
+
+@torch.no_grad()
+def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None = None, start: int = 0) -> Tensor:
+    """What the LM head sees when `hidden_BTD` enters layer `start`: [B, T, D], after the final norm."""
+    with start_at(parent, start, hidden_BTD):
+        return parent.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
+    """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
+    # MoeModelOutputWithPast has every field that any causal LM asks of its body's output.
+    with _answering([parent.model.base_model], MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])):
+        return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
 @dataclass

@@ -166,10 +166,10 @@ class Window:
     def _each(self) -> list[tuple[int, str, Learner, list[Trainee]]]:
         return [(layer, s, learner, some) for layer, of in self.learners.items() for s, found in of.items() for learner, some in found]
 
-    def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call]) -> list[Tensor]:
+    def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call], compiled: bool = False) -> list[Tensor]:
         """The loss of each variant of `learner` on one batch, against what `bld.target` names."""
         if self.settings.target == "subblock":
-            return _subblock_losses(self.settings.compile)(learner, calls[subblock], self.settings.loss_per)
+            return (_compiled_losses() if compiled else Learner.losses)(learner, calls[subblock], self.settings.loss_per)
         block = calls[BLOCK]
         with swapped(self.run.parent, layer, subblock, learner.module):
             return [normalised_mse(block.replay(self.run.parent.layers[layer]), block.output_BTD, self.settings.loss_per)]
@@ -181,15 +181,18 @@ class Window:
             hidden_BTD = calls[BLOCK].output_BTD
             for subblock, found in self.learners[layer].items():
                 for learner, _ in found:
-                    torch.stack(self._losses(learner, layer, subblock, calls)).sum().backward()
-        for _, _, learner, some in self._each():
-            for index in range(len(some)):
-                gradients = learner.gradients(index)
-                norm = nn.utils.get_total_norm(gradients)
-                for gradient in gradients:
-                    gradient.mul_((self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+                    torch.stack(self._losses(learner, layer, subblock, calls, self.settings.compile)).sum().backward()
+        self._clip()
         self.optimizer.step()
         return hidden_BTD
+
+    def _clip(self) -> None:
+        """Scale each variant's gradient down to the norm `bld.grad_clip`."""
+        gradients = [learner.gradients(index) for _, _, learner, some in self._each() for index in range(len(some))]
+        norms = torch.stack(torch._foreach_norm([gradient for of_one in gradients for gradient in of_one]))
+        totals = torch.stack([part.square().sum() for part in norms.split([len(of_one) for of_one in gradients])]).sqrt()
+        for of_one, scale in zip(gradients, (self.settings.grad_clip / (totals + 1e-6)).clamp(max=1.0), strict=True):
+            torch._foreach_mul_(of_one, scale)
 
     def train(self, batches: list, progress: tqdm) -> dict[Job, dict]:
         """Train on [B, T] token `batches`, write every variant's file; the library rows."""
@@ -332,8 +335,8 @@ class Captured:
 
 
 @functools.cache
-def _subblock_losses(compiled: bool) -> Callable:
-    return torch.compile(Learner.losses, dynamic=False) if compiled else Learner.losses
+def _compiled_losses() -> Callable:
+    return torch.compile(Learner.losses, dynamic=False)
 
 
 def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:

@@ -1,7 +1,7 @@
-"""Score every variant of the library: replace one in the parent, measure KL and LM loss on held-out tokens."""
+"""Score every variant of the library: replace one in the parent, measure what is lost on held-out tokens."""
 from pathlib import Path
 
-from puzzle_core import plots, scoring, tables
+from puzzle_core import plots, ranks, scoring, tables
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
@@ -11,19 +11,21 @@ from puzzle_core.parents import load_parent, pick_device
 @stage("score")
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(scoring.Settings, cfg.score)
-    table, partial = out / "scores.parquet", out / ".scores.partial.parquet"
-    with lock(out, "score"):
+    with ranks.joined() as mine, lock(out, mine.tag("score")):
+        table, partial = out / "scores.parquet", out / f".scores.{mine.tag('partial')}.parquet"
         library = tables.read("library", data / "library.parquet")
-        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.parent.get("device", "auto")), in_parts=True)
+        parent = fill(load_parent, cfg.parent, device=mine.device(pick_device(cfg.parent.get("device", "auto"))), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        known = tables.read_known("scores", table, partial)
+        known = tables.read_known("scores", table, *sorted(out.glob(".scores.partial*.parquet")))
         scores, num_made = scoring.score_library(
-            parent, library, data / "blocks", corpus, settings, known, keep=lambda rows: tables.write("scores", rows, partial)
+            parent, library, data / "blocks", corpus, settings, known, lambda rows: tables.write("scores", rows, partial), mine
         )
-        tables.write("scores", scores, table)
-        partial.unlink(missing_ok=True)
-        plots.score_picture(scores, "kl", out / "plots" / "scores.png")
-    print(f"score: {num_made} variants scored, {len(library) - num_made} kept; {table}")
+        if mine.first:
+            tables.write("scores", scores, table)
+            plots.score_picture(scores, settings.names[0], out / "plots" / "scores.png")
+            print(f"score: {num_made} variants scored, {len(library) - num_made} kept; {table}")
+            for unfinished in out.glob(".scores.partial*.parquet"):
+                unfinished.unlink()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from puzzle_core.spec import Scenario
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = [ROOT / "params.yaml", *(f for f in (ROOT / "conf").glob("*/*.yaml") if f.parent.name != "sweep")]
-# Plumbing that every stage uses and that determines no result: how configs, tables and files are read and written.
-PLUMBING = {"puzzle_core", "stages", "puzzle_core.config", "puzzle_core.files", "puzzle_core.tables", "puzzle_core.spec"}
+# Plumbing that determines no result: how configs, tables and files are read and written, and how processes share work.
+PLUMBING = {"puzzle_core", "stages", *(f"puzzle_core.{name}" for name in ("config", "files", "tables", "ranks", "spec"))}
 
 
 def composed(*overrides):

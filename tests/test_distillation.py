@@ -15,10 +15,10 @@ from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
-from puzzle_core.trace import layer_inputs, start_at
 
 EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
+SCORE = scoring.Settings(256, 64, 4, ["kl", "lm_loss"])
 NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
 SPACE = {"attention": ["kv1", "linear", "no_op"], "ffn": ["w80", "linear", "no_op"]}
 
@@ -116,13 +116,12 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
     table, blocks, _ = library
     before = {f.name: f.stat().st_mtime_ns for f in blocks.iterdir()}
     space = resolve_space({**SPACE, "ffn": [*SPACE["ffn"], "w48"]}, pico.model.config, pico.family)
-    settings = scoring.Settings(256, 64, 4)
-    scores, made = scoring.score_library(pico, table, blocks, corpus, settings, NO_ROWS, lambda rows: None)
+    scores, made = scoring.score_library(pico, table, blocks, corpus, SCORE, NO_ROWS, lambda rows: None)
     assert made == len(table) == 32
     grown, made = bld.train_library(pico, bld.jobs(pico, space, SETTINGS, 0, corpus), corpus, SETTINGS, 0, blocks)
     assert made == 4 and len(grown) == 36
     assert {f.name: f.stat().st_mtime_ns for f in blocks.iterdir() if "w48" not in f.name} == before
-    _, made = scoring.score_library(pico, grown, blocks, corpus, settings, scores, lambda rows: None)
+    _, made = scoring.score_library(pico, grown, blocks, corpus, SCORE, scores, lambda rows: None)
     assert made == 4
     shrunk, made = bld.train_library(pico, library[2], corpus, SETTINGS, 0, blocks)
     assert made == 0 and {f.name for f in blocks.iterdir()} == set(before)
@@ -215,46 +214,6 @@ def test_weights_that_are_not_the_librarys_are_refused(pico, library):
         load_weights(module, path, "another")
 
 
-def test_scores_of_foreign_rows_are_told_apart_without_fingerprints(pico, corpus, library):
-    table, blocks, _ = library
-    foreign = table.assign(fingerprint="").query("layer == 0")
-    settings = scoring.Settings(256, 64, 4)
-    scores, _ = scoring.score_library(pico, foreign, blocks, corpus, settings, NO_ROWS, lambda rows: None)
-    again, made = scoring.score_library(pico, foreign, blocks, corpus, settings, scores, lambda rows: None)
-    assert made == 0
-    pd.testing.assert_frame_equal(again, scores)
-
-
-@torch.no_grad()
-def test_a_score_is_the_kl_of_the_child_with_that_one_replacement(pico, corpus, library):
-    table, blocks, _ = library
-    rows = table.query("layer == 2 and variant == 'w80'")
-    settings = scoring.Settings(512, 64, 4)
-    scores, _ = scoring.score_library(pico, rows, blocks, corpus, settings, NO_ROWS, lambda rows: None)
-    child = make_child(pico, architecture(*["parent parent"] * 2, "parent w80", "parent parent"), tables.variant_files(table, blocks))
-    ids = torch.as_tensor(np.concatenate(corpus.batches("validation", 512, 64, 4, seed="score")))
-    p, c = (model(ids).logits.double() for model in (pico.model, child))
-    kl = nn.functional.kl_div(c.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum") / ids.numel()
-    loss = [nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for x in (c, p)]
-    got = scores.set_index("metric").value
-    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3)
-    assert got["lm_loss"] == pytest.approx((loss[0] - loss[1]).item(), abs=1e-5)
-    measured = evaluation.compare(pico.model, child, list(ids.numpy().reshape(-1, 4, 64)))["child"]
-    assert measured["kl"] == pytest.approx(kl.item(), rel=1e-3)
-    assert measured["perplexity"] == pytest.approx(loss[0].exp().item(), rel=1e-4)
-
-
-@torch.no_grad()
-def test_starting_at_a_layer_equals_the_whole_forward(pico):
-    ids = torch.randint(1, 257, (2, 16))
-    hiddens, _ = layer_inputs(pico, ids)
-    whole = pico.model(ids).logits
-    for layer, hidden in enumerate(hiddens):
-        with start_at(pico, layer, hidden):
-            torch.testing.assert_close(pico.model(ids, use_cache=False).logits, whole)
-    assert torch.equal(pico.model(ids).logits, whole)  # and nothing is left behind
-
-
 def test_costs_cover_the_space_and_sum_to_the_model(pico):
     space = resolve_space(SPACE, pico.model.config, pico.family)
     scenario = Scenario(2, 16, 4)
@@ -275,7 +234,7 @@ def test_a_bfloat16_parent_has_a_bfloat16_child(corpus, tmp_path):
     jobs = bld.jobs(parent, resolve_space(SPACE, parent.model.config, parent.family), SETTINGS, 0, corpus)
     table, _ = bld.train_library(parent, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
     assert table.query("variant == 'kv1'").kv_bytes_per_token.eq(2 * 16 * 2).all()
-    scores, _ = scoring.score_library(parent, table, tmp_path / "blocks", corpus, scoring.Settings(256, 64, 4), NO_ROWS, lambda rows: None)
+    scores, _ = scoring.score_library(parent, table, tmp_path / "blocks", corpus, SCORE, NO_ROWS, lambda rows: None)
     assert (tables.check("scores", scores).query("variant != 'parent' and metric == 'kl'").value > 0).all()
     child = make_child(parent, architecture(*["kv1 w80"] * 3, "no_op linear"), tables.variant_files(table, tmp_path / "blocks"))
     save_child(child, parent.tokenizer, tmp_path / "child")

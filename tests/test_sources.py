@@ -188,6 +188,9 @@ def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folde
     parts = load_parent("directory", path=str(folder), memory_gib=limit / GIB, in_parts=True)
     wanted = [(n, s, v) for n in range(4) for s, v in (("attention", Variant("kv", 1)), ("ffn", Variant("w", 80)))]
     planned = plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, None)
+    if num_layers == 1:
+        with pytest.raises(ValueError, match="room for one layer.*raise parent.memory_gib"):
+            plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, (planned.peak_bytes - 1) / GIB)
     bld_gib = "null" if num_layers == 1 else (planned.peak_bytes - 1) / GIB  # then the hidden states do not fit
     load = stages.bld.load_parent
 
