@@ -33,9 +33,10 @@ def table(metrics: dict[str, dict]) -> str:
     return cards.table({title: metrics[row] for row, title in ROWS.items()})
 
 
-def write_into_readme(text: str) -> None:
+def write_into_readme(section: str, text: str) -> None:
+    """Replace what stands between the README's markers of `section`."""
     readme = (ROOT / "README.md").read_text()
-    start, end = "<!-- results:", "<!-- /results -->"
+    start, end = f"<!-- {section}:", f"<!-- /{section} -->"
     head, rest = readme.split(start)
     comment, tail = rest.split("-->", 1)[0], rest.split(end)[1]
     (ROOT / "README.md").write_text(f"{head}{start}{comment}-->\n{text}\n{end}{tail}")
@@ -64,7 +65,7 @@ def main() -> None:
     )
     text = f"{table(metrics)}\n\n{caption}"
     print(text)
-    write_into_readme(text)
+    write_into_readme("results", text)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from puzzle_core.families import Family, family_of
+from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, fingerprint, lock
+from puzzle_core.modeling_puzzle import get_subblock
 from puzzle_core.shards import Shards, layers_that_fit, load_shards
 
 # Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
@@ -77,7 +78,7 @@ class Parent:
 
     def module(self, layer: int, subblock: str) -> nn.Module:
         """The bare module of a subblock, without its norms."""
-        return getattr(self.layers[layer], self.family.subblock(subblock).module)
+        return get_subblock(self.layers[layer], self.family.subblock(subblock).modules)
 
     def norms(self, layer: int, subblock: str) -> list[nn.Module]:
         return [getattr(self.layers[layer], name) for name in self.family.subblock(subblock).norms]
@@ -231,7 +232,8 @@ def load_parent(
     if source == "random":
         if memory_gib is not None:
             raise ValueError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
-        family, content, origin = family_of(config["model_type"]), "", Origin("random weights", "random weights, for tests", license)
+        family_of(config["model_type"])
+        content, origin = "", Origin("random weights", "random weights, for tests", license)
         model, tokenizer = _random_model(config, seed, torch_dtype).to(device), _byte_tokenizer()
     else:
         place, content, name, text = _located(source, path, package, sha256, id, revision)
@@ -242,7 +244,7 @@ def load_parent(
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
         origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
-    return Parent(model.eval().requires_grad_(False), tokenizer, family, identity, origin, shards)
+    return Parent(model.eval().requires_grad_(False), tokenizer, family_for(model.config), identity, origin, shards)
 
 
 def _located(

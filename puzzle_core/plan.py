@@ -11,6 +11,7 @@ from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
 from puzzle_core.spec import LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
+from puzzle_core.surgery import last_projection
 
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
 
@@ -46,7 +47,7 @@ class Plan:
 
 
 def _matrix_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 
 def _is_trained(variant: Variant) -> bool:
@@ -80,11 +81,11 @@ def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear
         module = build_subblock(parent, 0, subblock, variant)
         count = sum(p.numel() for p in module.parameters())
         shell += count
-        last = module.get_submodule(parent.family.subblock(subblock).last) if variant != LINEAR else module
-        widest = max(widest, _matrix_params(last) // hidden)
+        last = last_projection(module, parent.family.subblock(subblock), variant)
+        widest = max(widest, _matrix_params(last) // hidden if last else 0)
         if variant == LINEAR and closed_form_linear:
             continue
-        matrices, of_last = _matrix_params(module), _matrix_params(last)
+        matrices, of_last = _matrix_params(module), _matrix_params(last) if last else 0
         params += count
         flops += 4 * matrices + 2 * of_last
         wide += (matrices - of_last) // hidden + of_last // hidden
@@ -134,7 +135,7 @@ def plan(
                 "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
             )
         windows = _pack(need, limit - fixed - working, _num_held(parent))
-    block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() == 2)
+    block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() >= 2)
     passes = max(of_layer) + 1 if holds_training else sum(window.stop for window in windows)
     return Plan(
         windows=windows,

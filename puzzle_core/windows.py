@@ -89,7 +89,7 @@ class Trainee:
 
     job: Job
     module: nn.Module
-    last: nn.Module | None = None  # the projection back into the residual stream
+    last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
     init: str = ""
     loss_before: float = 0.0
     loss_after: float = 0.0
@@ -114,17 +114,12 @@ class Window:
     def _initialise(self, here: list[Job], layer: int) -> list[Trainee]:
         """Initialise and refit the variants of one layer, moving the calibration and validation runs past it."""
         parent, run, settings = self.run.parent, self.run, self.settings
-        inner_last = getattr(parent.module(layer, FFN), parent.family.ffn.last)
-        contributions: list[Tensor] = []
-        handle = inner_last.register_forward_pre_hook(
-            lambda module, args: contributions.append(surgery.channel_contribution(args[0].flatten(0, -2), module.weight))
-        )
-        calibration = list(run.advance(layer, "calibration"))
-        handle.remove()
-        importance_I = torch.stack(contributions).mean(dim=0)
+        with surgery.watch_importance(parent.module(layer, FFN), parent.family.ffn) as seen:
+            calibration = list(run.advance(layer, "calibration"))
+        importance = torch.stack(seen).mean(dim=0)
         validation = list(run.advance(layer, "val"))
         self.kv_calls[layer] = validation[0][ATTENTION]
-        trainees = [_initialised(parent, job, importance_I) for job in here]
+        trainees = [_initialised(parent, job, importance) for job in here]
         for trainee in trainees:
             if trainee.last is not None and settings.ridge is not None:
                 _refit(trainee, calibration, settings.ridge)
@@ -149,8 +144,8 @@ class Window:
         learners: dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]] = {}
         for layer in self.layers:
             # A refitted linear variant is at its optimum already; the parent and no_op have nothing to train.
-            closed = self.settings.ridge is not None
-            some = [t for t in self.trainees if t.job.layer == layer and t.last is not None and not (closed and t.job.variant == LINEAR)]
+            finished = (PARENT, NO_OP, *([LINEAR] if self.settings.ridge is not None else []))
+            some = [t for t in self.trainees if t.job.layer == layer and t.job.variant not in finished]
             of_width = [t for t in some if t.job.variant.kind == "w"]
             fused = None
             if len(of_width) > 1 and self.settings.target == "subblock":
@@ -361,16 +356,16 @@ def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
     return row
 
 
-def _initialised(parent: Parent, job: Job, importance_I: Tensor) -> Trainee:
+def _initialised(parent: Parent, job: Job, importance: Tensor) -> Trainee:
     names = parent.family.subblock(job.subblock)
     original = parent.module(job.layer, job.subblock)
     if job.variant == PARENT:
         return Trainee(job, original, init="parent")
     module = build_subblock(parent, job.layer, job.subblock, job.variant)
-    how = surgery.initialise(original, module, names, job.variant, importance_I)
+    how = surgery.initialise(original, module, names, job.variant, importance)
     if job.variant == NO_OP:
         return Trainee(job, module, init=how)
-    return Trainee(job, module.float(), module if job.variant == LINEAR else getattr(module, names.last), init=how)
+    return Trainee(job, module.float(), surgery.last_projection(module, names, job.variant), init=how)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from test_config import composed
 import stages.bld
 import stages.profile_hardware
 import stages.score
+from puzzle_core.families import FAMILIES
 from puzzle_core.parents import Parent, load_parent
 from puzzle_core.plan import plan
 from puzzle_core.spec import Variant
@@ -134,6 +135,18 @@ def test_a_parent_larger_than_its_budget_runs_layer_by_layer_to_the_same_logits(
     logits, peak = peak_while(parts, lambda: parts.model(IDS).logits)
     assert torch.equal(logits, whole.model(IDS).logits)
     assert resident_bytes(parts.model) + resident_bytes(whole.layers[0]) == peak <= limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_runs_in_parts(name, tmp_path):
+    whole = pico_parent(name)
+    whole.model.save_pretrained(tmp_path, max_shard_size="60KB")
+    whole.tokenizer.save_pretrained(tmp_path)
+    limit = budget(whole, num_layers=1)
+    parts = load_parent("directory", path=str(tmp_path), memory_gib=limit / GIB, in_parts=True)
+    logits, peak = peak_while(parts, lambda: parts.model(IDS).logits)
+    assert torch.equal(logits, whole.model(IDS).logits) and peak <= limit
 
 
 @torch.no_grad()
