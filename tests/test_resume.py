@@ -42,7 +42,7 @@ def whole(tmp_path_factory) -> Path:
 
 SLOW = {
     "bld": ["bld.train_tokens=12288"],
-    "score": ["score.num_tokens=8192"],
+    "score": ["score.num_tokens=8192", "score.memory_gib=null"],
     "profile_hardware": [],
     "gkd": ["gkd.train_tokens=12288"],
 }
