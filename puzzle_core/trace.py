@@ -110,8 +110,11 @@ def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None 
 @torch.no_grad()
 def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
     """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
-    # MoeModelOutputWithPast has every field that any causal LM asks of its body's output.
-    with _answering([parent.model.base_model], MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])):
+    # Together these have every field that any causal LM asks of its body's output.
+    body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
+    body.cross_attentions = None
+    # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
+    with _answering({parent.model.base_model, parent.model.get_submodule(parent.family.layers.rpartition(".")[0])}, body):
         return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
