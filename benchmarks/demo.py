@@ -11,22 +11,14 @@ from pathlib import Path
 
 import yaml
 
+from puzzle_core import cards
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
     "parent": "parent",
     "predicted": "child, as search predicted",
     "child": "child, before distillation",
     "distilled": "child, after distillation",
-}
-COLUMNS = {
-    "speedup": ("speed-up", "{:.2f} ×"),
-    "latency_ms": ("latency, ms", "{:,.0f}"),
-    "throughput_tokens_per_s": ("tokens/s", "{:.1f}"),
-    "memory_mib": ("memory, MiB", "{:,.0f}"),
-    "num_params": ("parameters", "{:,.0f}"),
-    "kl": ("KL to the parent", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.1f}"),
-    "top1_agreement": ("same next token", "{:.0%}"),
 }
 
 
@@ -38,11 +30,7 @@ def machine() -> str:
 
 
 def table(metrics: dict[str, dict]) -> str:
-    lines = ["| | " + " | ".join(name for name, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row, title in ROWS.items():
-        cells = [form.format(metrics[row][key]) if key in metrics[row] else "" for key, (_, form) in COLUMNS.items()]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return cards.table({title: metrics[row] for row, title in ROWS.items()})
 
 
 def write_into_readme(section: str, text: str) -> None:

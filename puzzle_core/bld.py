@@ -69,7 +69,8 @@ def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings
             for layer in range(position, layers.start):
                 run.skip(layer)
             here = [job for job in missing if job.layer in layers]
-            rows |= Window(run, layers, here, settings, len(batches["train"]), blocks).train(batches["train"], progress)
+            with parent.present(*layers):
+                rows |= Window(run, layers, here, settings, len(batches["train"]), blocks).train(batches["train"], progress)
             gc.collect()  # the window's optimizer and graph hold each other, and most of the memory
             position = layers.stop
     return rows

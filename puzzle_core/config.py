@@ -55,7 +55,7 @@ def plain(node: DictConfig) -> dict:
 
 
 def fill(target: Callable, node: DictConfig, **more: object) -> object:
-    """Call `target` with the preset's keys; ValueError that names those it does not know or lacks."""
+    """Call `target` with the preset's keys, or with `more` where it has the same; ValueError that names what is unknown or lacking."""
     values = plain(node)
     known = inspect.signature(target).parameters
     for key in values.keys() - known.keys():
@@ -65,7 +65,7 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     lacking = [key for key, p in known.items() if p.default is p.empty and key not in values and key not in more]
     if lacking:
         raise ValueError(f"{node._get_full_key(None)} lacks {', '.join(lacking)}: see its preset under conf/")
-    return target(**values, **more)
+    return target(**{**values, **more})
 
 
 def stage(name: str) -> Callable:

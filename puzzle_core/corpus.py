@@ -70,6 +70,7 @@ class Corpus:
     def __init__(self, tokenizer, preset: dict):
         self.tokenizer = tokenizer
         self.where = preset.get("path") or preset.get("id")
+        self.name = preset.get("id") or Path(self.where).name  # no path of this machine
         self.splits: dict[str, list[str]] = {"train": [], "validation": []}
         digest = hashlib.sha256(str(preset["validation_fraction"]).encode())
         for text in tqdm(documents(**preset), desc=f"read {self.where}", unit=" docs", leave=False):

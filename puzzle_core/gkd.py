@@ -2,20 +2,25 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from puzzle_core.files import fingerprint
+from puzzle_core.files import fingerprint, write_json
+from puzzle_core.schedule import lr_factor
 
-VERSION = 1  # raise when a change here changes what the distilled child is
+VERSION = 2  # raise when a change here changes what the distilled child is
+RECORD = "distillation.json"  # in a distilled child's folder: what made it
 TOKENS_AT_ONCE = 256  # positions whose logits enter the KL at a time
 
 
@@ -81,6 +86,12 @@ class Distiller(Trainer):
         self.parts = {name: value.item() for name, value in losses.items()}
         return (loss, child) if return_outputs else loss
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of BLD: transformers' own begins its warm-up with a step at rate 0."""
+        factor = partial(lr_factor, num_steps=num_training_steps, warmup_fraction=self.settings.warmup_fraction)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
     def log(self, logs: dict, *args, **kwargs) -> None:
         super().log({**logs, **self.parts} if "loss" in logs else logs, *args, **kwargs)
 
@@ -96,18 +107,41 @@ def _last_whole_checkpoint(work: Path) -> str | None:
     return max(whole)[1] if whole else None
 
 
-@contextmanager
-def work_folder(out: Path, child: Path, settings: Settings, *determined_by: object) -> Iterator[Path]:
-    """The folder of a run's checkpoints, named by all that determines the run; removed when the block succeeds."""
+def run_fingerprint(child: Path, settings: Settings, *determined_by: object) -> str:
+    """Hash of all that determines what becomes of the checkpoint `child`; how it is measured afterwards does not."""
     content = []
-    for file in sorted(child.glob("*.safetensors")):
+    for file in sorted([*child.glob("*.safetensors"), *child.glob("config.json")]):
         with open(file, "rb") as handle:
-            content.append(hashlib.file_digest(handle, "sha256").hexdigest())
-    work = out / f".gkd-{fingerprint(VERSION, asdict(settings), content, *determined_by)}"
+            content.append((file.name, hashlib.file_digest(handle, "sha256").hexdigest()))
+    return fingerprint(VERSION, asdict(settings), content, *determined_by)
+
+
+@contextmanager
+def work_folder(out: Path, run: str) -> Iterator[Path]:
+    """The folder of the checkpoints of `run`; those of other runs are removed, and itself when the block succeeds."""
+    work = out / f".gkd-{run}"
     for stale in set(out.glob(".gkd-*")) - {work}:
         shutil.rmtree(stale)
     yield work
     shutil.rmtree(work, ignore_errors=True)
+
+
+def note_run(folder: Path, run: str, curve: list[dict[str, float]]) -> None:
+    """Write into a distilled child's folder which run made it, its curve, and the size of every file that the run wrote."""
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    write_json(folder / RECORD, {"run": run, "curve": curve, "sizes": sizes})
+
+
+def take_over(finished: Path, run: str, folder: Path) -> list[dict[str, float]] | None:
+    """Link the child in `finished` into the new `folder` and return its curve, if this very run made it and it is whole."""
+    try:
+        record = json.loads((finished / RECORD).read_text())
+        if record["run"] != run or any((finished / name).stat().st_size != size for name, size in record["sizes"].items()):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None  # there is none, or a part of one
+    shutil.copytree(finished, folder, copy_function=os.link)
+    return record["curve"]
 
 
 def distill(
@@ -125,8 +159,6 @@ def distill(
         max_steps=num_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(settings.warmup_fraction * num_steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.grad_clip,
         bf16=parent.device.type == "cuda",

@@ -37,8 +37,10 @@ def _keep_position(past_key_values, hidden_BTD: torch.Tensor, layer_idx: int) ->
         empty = hidden_BTD.new_empty(hidden_BTD.shape[0], 1, hidden_BTD.shape[1], 0)
         past_key_values.update(empty, empty, layer_idx)
         slot = past_key_values.layers[layer_idx]
-        if type(slot) is DynamicLayer:
-            slot.__class__ = CountingLayer
+        if type(slot) is DynamicLayer:  # not slot.__class__ = ...: torch.compile cannot trace that
+            counting = CountingLayer()
+            counting.update(slot.keys, slot.values)
+            past_key_values.layers[layer_idx] = counting
 
 
 class NoOpAttention(nn.Module):

@@ -5,17 +5,21 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,6 +29,11 @@ from transformers.utils import cached_file
 from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, fingerprint, lock
 from puzzle_core.modeling_puzzle import get_subblock
+from puzzle_core.shards import Shards, layers_that_fit, load_shards
+
+# Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
+# and loads from that instead of the revision that was asked for.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -32,10 +41,20 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"hardware.device is '{name}'; expected auto, cpu or cuda")
+        raise ValueError(f"device is '{name}' (conf/hardware/ or conf/parent/); expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU here; use conf/hardware/cpu.yaml or auto.yaml")
     return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parent came from, for its children's model cards."""
+
+    name: str
+    text: str  # Markdown; neither has a path of this machine
+    license: str | None = None  # an identifier as the hub has them, e.g. apache-2.0; None: not known
+    hub_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,8 @@ class Parent:
     tokenizer: PreTrainedTokenizerBase
     family: Family
     identity: str  # hash of the config that chose it and of its content
+    origin: Origin
+    shards: Shards | None = None  # where layers are read from that are not in memory; None: all are
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -53,7 +74,7 @@ class Parent:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.get_input_embeddings().weight.device
 
     def module(self, layer: int, subblock: str) -> nn.Module:
         """The bare module of a subblock, without its norms."""
@@ -61,6 +82,13 @@ class Parent:
 
     def norms(self, layer: int, subblock: str) -> list[nn.Module]:
         return [getattr(self.layers[layer], name) for name in self.family.subblock(subblock).norms]
+
+    def present(self, *layers: int) -> contextlib.AbstractContextManager:
+        """While open, the weights of these layers are in memory, of a parent that is read layer by layer too.
+
+        A layer's forward sees to that itself: this is for reading weights outside of it, and for many forwards at one reading.
+        """
+        return self.shards.present(*layers) if self.shards is not None else contextlib.nullcontext()
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,6 +158,51 @@ def damage_named(place: object) -> Iterator[None]:
         raise ValueError(f"{place} holds a damaged safetensors file ({error}): fetch or make it again") from error
 
 
+def _no_safetensors(place: str | Path, revision: str | None) -> ValueError:
+    folder, where = f"models/{Path(place).name}-safetensors", f"{str(place)!r}" + (f", revision={revision!r}" if revision else "")
+    code = "; ".join(
+        ["from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"]
+        + [f"{auto}.from_pretrained({where}).save_pretrained({folder!r})" for auto in "MT"]
+    )
+    return ValueError(
+        f"the parent {place} has no safetensors; pickled weights can run any code when they are loaded, so they are not read. "
+        f'If you trust it, convert it once: python -c "{code}" and use conf/parent/directory.yaml with `path: {folder}`'
+    )
+
+
+@contextlib.contextmanager
+def _pickles_refused(place: str | Path, revision: str | None) -> Iterator[None]:
+    if isinstance(place, Path) and not any(place.glob("*.safetensors")) and any(place.glob("*.bin")):
+        raise _no_safetensors(place, None)
+    try:
+        yield
+    except OSError as error:
+        if "cannot be loaded with `safetensors`" in str(error):  # transformers' answer for the hub
+            raise _no_safetensors(place, revision) from error
+        raise
+
+
+def _family(place: str | Path, revision: str | None, trust_remote_code: bool) -> Family:
+    """What the checkpoint's config.json says, before any weight is loaded and any code of the checkpoint's own."""
+    config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    model_type = config.get("model_type", "")
+    if config.get("per_layer_config"):
+        raise ValueError(f"{place} is a child already: its layers differ (per_layer_config). Use a parent whose layers are alike.")
+    if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{place} brings its own code for model type '{model_type}', which transformers does not know. "
+            "Read that code; if you trust it, set `trust_remote_code: true` in the parent's preset in conf/parent/."
+        )
+    return family_of(model_type)
+
+
+def _license(place: str | Path, revision: str | None) -> str | None:
+    """What the checkpoint's own model card says, if it has one that can be read."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(place, "README.md", revision=revision, **quiet)
+    return ModelCard.load(found, ignore_metadata_errors=True).data.license if found else None
+
+
 def load_parent(
     source: str,
     dtype: str = "float32",
@@ -142,36 +215,67 @@ def load_parent(
     trust_remote_code: bool = False,
     config: dict | None = None,
     seed: int = 0,
+    license: str | None = None,
+    memory_gib: float | None = None,
+    in_parts: bool = False,
 ) -> Parent:
     """Load a parent as its preset in conf/parent/ says.
 
     `source` is hub (`id`, `revision`), directory (`path`), gguf (`path`, or `path` inside an installed `package`;
     dequantised) or random (`config` of a transformers model, `seed`; byte tokenizer). Only safetensors are read.
-    Raises ValueError for an unknown family, FileNotFoundError where the weights are not.
+    Weights that need more than `memory_gib` stay on disk layer by layer, if the caller can work with that (`in_parts`).
+    Raises ValueError for an unknown family or a budget that is too small, FileNotFoundError where the weights are not.
     """
-    content, torch_dtype = "", getattr(torch, dtype, None)
+    device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
+        if memory_gib is not None:
+            raise ValueError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
         family_of(config["model_type"])
-        model, tokenizer = _random_model(config, seed, torch_dtype), _byte_tokenizer()
-    elif source in ("hub", "directory", "gguf"):
-        place, more = id, {"revision": revision, "trust_remote_code": trust_remote_code}
-        if source != "hub":
-            file = _gguf_file(path, package) if source == "gguf" else Path(path)
-            if not file.exists():
-                raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")
-            place = _dequantised(file, sha256) if source == "gguf" else file
-            content = _sampled_hash(place)
-            more.pop("revision")
-        family_of(AutoConfig.from_pretrained(place, **more).model_type)
-        with damage_named(place):
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch_dtype, use_safetensors=True, **more)
-        if source == "hub":
-            content = Path(cached_file(place, "config.json", revision=revision)).parent.name  # the commit behind the revision
-        tokenizer = AutoTokenizer.from_pretrained(place, **more)
+        content, origin = "", Origin("random weights", "random weights, for tests", license)
+        model, tokenizer = _random_model(config, seed, torch_dtype).to(device), _byte_tokenizer()
     else:
-        raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
+        place, content, name, text = _located(source, path, package, sha256, id, revision)
+        more = {"revision": revision if source == "hub" else None, "trust_remote_code": trust_remote_code}
+        family = _family(place, **more)
+        with damage_named(place), _pickles_refused(place, more["revision"]):
+            model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
+        tokenizer = AutoTokenizer.from_pretrained(place, **more)
+        origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
-    model = model.eval().requires_grad_(False).to(device)
-    return Parent(model, tokenizer, family_for(model.config), identity)
+    return Parent(model.eval().requires_grad_(False), tokenizer, family_for(model.config), identity, origin, shards)
+
+
+def _located(
+    source: str, path: str | None, package: str | None, sha256: str | None, id: str | None, revision: str | None
+) -> tuple[str | Path, str, str, str]:
+    """Where transformers finds the parent, what tells its content apart from another's, its name and where it came from."""
+    if source == "hub":
+        commit = Path(cached_file(id, "config.json", revision=revision)).parent.name  # the one behind the revision
+        return id, commit, id, f"[{id}](https://huggingface.co/{id}) at revision {commit}"
+    if source not in ("directory", "gguf"):
+        raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
+    file = _gguf_file(path, package) if source == "gguf" else Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")
+    if source == "directory":
+        return file, _sampled_hash(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
+    place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
+    return place, _sampled_hash(place), file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
+
+
+def _read_model(
+    place: str | Path, dtype: torch.dtype, device: torch.device, family: Family, memory_gib: float | None, in_parts: bool, more: dict
+) -> tuple[PreTrainedModel, Shards | None]:
+    """The model on `device`, and where to read its layers if it is not whole."""
+    load = partial(AutoModelForCausalLM.from_pretrained, place, dtype=dtype, use_safetensors=True, **more)
+    if memory_gib is None:
+        return load().to(device), None
+    config = AutoConfig.from_pretrained(place, **more)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=more["trust_remote_code"])
+    max_layers = layers_that_fit(skeleton, family.layers, memory_gib, in_parts)
+    if max_layers is None:
+        return load().to(device), None
+    return load_shards(load, skeleton, family.layers, max_layers, device)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from puzzle_core.parents import Parent
+from puzzle_core.shards import GIB, num_bytes
 from puzzle_core.spec import LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
 from puzzle_core.surgery import last_projection
 
-GIB = 2**30
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
 
 
@@ -113,8 +113,12 @@ def plan(
     tokens = seq_len * batch_size
     num_steps = -(-budgets["train"] // tokens)
     held = (budgets["calibration"] + 2 * budgets["val"]) * hidden * itemsize
-    fixed = sum(p.numel() * p.element_size() for p in parent.model.parameters()) + held
+    fixed = num_bytes(parent.model) + held
     need = {n: layer.params * BYTES_PER_TRAINED + layer.shell_params * itemsize for n, layer in of_layer.items()}
+    if parent.shards is not None:  # a window holds its own layers and, while it runs those below, one more
+        sizes = [num_bytes(layer) for layer in parent.layers]
+        fixed -= sum(sizes) - max(sizes)
+        need = {n: size + sizes[n] for n, size in need.items()}
     training = max(tokens * itemsize * 3 * (layer.wide + layer.num_outputs * hidden) for layer in of_layer.values())
     calls = (budgets["calibration"] + budgets["val"]) * hidden * itemsize * 5  # what a layer's subblocks see and say
     working = max(training, calls + max(layer.refit_bytes(tokens, itemsize) for layer in of_layer.values()))
@@ -130,7 +134,7 @@ def plan(
                 f"bld does not fit in {limit / GIB:.1f} GiB: one layer's variants need {smallest / GIB:.1f} GiB. "
                 "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
             )
-        windows = _pack(need, limit - fixed - working)
+        windows = _pack(need, limit - fixed - working, _num_held(parent))
     block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() >= 2)
     passes = max(of_layer) + 1 if holds_training else sum(window.stop for window in windows)
     return Plan(
@@ -150,11 +154,23 @@ def _limit(device: torch.device, memory_gib: float | None) -> float:
     return 0.9 * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else float("inf")
 
 
-def _pack(need: dict[int, int], room: float) -> list[range]:
+def _num_held(parent: Parent) -> int:
+    """Most layers of one window, where each window runs the layers below it again."""
+    if parent.shards is None:
+        return len(parent.layers)
+    if parent.shards.max_layers < 2:
+        raise ValueError(
+            "parent.memory_gib has room for one layer, and the hidden states of bld.train_tokens do not fit in memory, so that "
+            "layers below must run again: raise parent.memory_gib by a layer or bld.memory_gib, or lower bld.train_tokens"
+        )
+    return parent.shards.max_layers - 1
+
+
+def _pack(need: dict[int, int], room: float, num_held: int) -> list[range]:
     """Consecutive layers to a window, as many as fit."""
     windows, start, used = [], None, 0
     for layer, size in need.items():
-        if start is None or used + size > room:
+        if start is None or used + size > room or layer - start >= num_held:
             if start is not None:
                 windows.append(range(start, layer))
             start, used = layer, 0

@@ -155,7 +155,8 @@ class ParentRun:
         self.parent = parent
         tokens = {use: [torch.as_tensor(b, device=parent.device) for b in some] for use, some in batches.items()}
         _, self.others = layer_inputs(parent, next(b for some in tokens.values() for b in some))
-        self.hidden = {use: [self.enter(b, 0) for b in some] for use, some in tokens.items()}
+        with parent.present(0):
+            self.hidden = {use: [self.enter(b, 0) for b in some] for use, some in tokens.items()}
 
     def enter(self, input_ids: Tensor, layer: int) -> Tensor:
         """The hidden states [B, T, D] with which these tokens reach `layer`."""
@@ -195,6 +196,7 @@ class ParentRun:
 
     def skip(self, layer: int) -> None:
         """Move every batch past a layer that has nothing left to learn."""
-        for use in self.hidden:
-            for _ in self.advance(layer, use):
-                pass
+        with self.parent.present(layer):
+            for use in self.hidden:
+                for _ in self.advance(layer, use):
+                    pass

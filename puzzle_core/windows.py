@@ -15,6 +15,7 @@ from puzzle_core import surgery
 from puzzle_core.files import atomic, fingerprint
 from puzzle_core.learners import Learner, alone, normalised_mse, together
 from puzzle_core.parents import Parent
+from puzzle_core.schedule import lr_factor
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock, num_params, swapped
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
@@ -94,14 +95,6 @@ class Trainee:
     loss_after: float = 0.0
     num_tokens: int = 0
     outcome: str = "untrained"
-
-
-def lr_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Factor in 0..1 of the peak learning rate: linear warm-up, then half a cosine down to 0."""
-    warmup = max(1, round(warmup_fraction * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
 class Window:

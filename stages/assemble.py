@@ -3,13 +3,15 @@ from pathlib import Path
 
 import torch
 
-from puzzle_core import evaluation, tables
+from puzzle_core import cards, evaluation, tables
 from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
-from puzzle_core.files import lock, read_json, write_json
+from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Solution
+
+HOW = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
 
 
 @stage("assemble")
@@ -22,9 +24,11 @@ def run(cfg):
         child = make_child(parent, solution.architecture, tables.variant_files(library, data / "blocks"))
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         batches = corpus.batches("validation", **plain(cfg.evaluation.text), seed="evaluation")
-        save_child(child, parent.tokenizer, out / "child")
-        verify_reload(child, out / "child", torch.as_tensor(batches[0][:1], device=parent.device))
-        metrics = evaluation.measure(parent.model, child, batches, solution.scenario, cfg.evaluation.repeats)
+        with atomic(out / "child") as part:  # it appears when it is proved, measured and described
+            save_child(child, parent.tokenizer, part)
+            verify_reload(child, part, torch.as_tensor(batches[0][:1], device=parent.device))
+            metrics = evaluation.measure(parent.model, child, batches, solution.scenario, cfg.evaluation.repeats)
+            cards.write(part, parent, solution, metrics, HOW, corpus.name)
         for name, row in metrics.items():
             write_json(out / "metrics" / f"{name}.json", row)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))

@@ -13,7 +13,7 @@ from puzzle_core.subblocks import resolve_space
 def run(cfg):
     out, settings = Path(cfg.out), fill(bld.Settings, cfg.bld)
     with lock(out, "bld"):
-        parent = fill(load_parent, cfg.parent, device=pick_device())
+        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.parent.get("device", "auto")), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
         jobs = bld.jobs(parent, space, settings, cfg.seed, corpus)

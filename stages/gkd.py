@@ -1,15 +1,17 @@
-"""Distil the parent into the child as a whole; measure what was saved beside the parent."""
+"""Distil the parent into the child as a whole, unless this very run has done so before; measure what came of it."""
 from pathlib import Path
 
 import torch
 
-from puzzle_core import evaluation, gkd
+from puzzle_core import cards, evaluation, gkd
 from puzzle_core.children import load_child, save_child
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
-from puzzle_core.files import lock, read_json, write_json
+from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Solution
+
+HOW = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
 
 
 @stage("gkd")
@@ -19,16 +21,21 @@ def run(cfg):
         solution = Solution.from_json(read_json(data / "solution.json"))
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        with gkd.work_folder(out, data / "child", settings, cfg.seed, parent.identity, corpus.fingerprint) as work:
-            child = load_child(data / "child", torch.float32, parent.device)  # the optimizer's masters
-            sequences = corpus.sequences("train", settings.train_tokens, settings.seq_len, seed=f"gkd-{cfg.seed}")
-            curve = gkd.distill(parent.model, child, sequences, settings, cfg.seed, work)
-            save_child(child, parent.tokenizer, out / "distilled")
-            write_json(out / "plots" / "gkd_curve.json", curve)
-            child = load_child(out / "distilled", parent.model.dtype, parent.device)  # as a user gets it, Trainer's wrappers off
+        this_run = gkd.run_fingerprint(data / "child", settings, cfg.seed, parent.identity, corpus.fingerprint)
+        with gkd.work_folder(out, this_run) as work, atomic(out / "distilled") as part:
+            curve = gkd.take_over(out / "distilled", this_run, part)
+            if curve is None:
+                child = load_child(data / "child", torch.float32, parent.device)  # the optimizer's masters
+                sequences = corpus.sequences("train", settings.train_tokens, settings.seq_len, seed=f"gkd-{cfg.seed}")
+                curve = gkd.distill(parent.model, child, sequences, settings, cfg.seed, work)
+                save_child(child, parent.tokenizer, part)
+                gkd.note_run(part, this_run, curve)
+            child = load_child(part, parent.model.dtype, parent.device)  # as a user gets it, Trainer's wrappers off
             batches = corpus.batches("validation", **plain(cfg.evaluation.text), seed="evaluation")
             metrics = evaluation.measure(parent.model, child, batches, solution.scenario, cfg.evaluation.repeats)
-            write_json(out / "metrics" / "distilled.json", metrics["child"])
+            cards.write(part, parent, solution, metrics, HOW.format(settings.train_tokens, corpus.name), corpus.name)
+        write_json(out / "plots" / "gkd_curve.json", curve)
+        write_json(out / "metrics" / "distilled.json", metrics["child"])
     print(evaluation.table({"parent": metrics["parent"], "distilled": metrics["child"]}))
 
 

@@ -14,7 +14,7 @@ def run(cfg):
     with ranks.joined() as mine, lock(out, mine.tag("score")):
         table, partial = out / "scores.parquet", out / f".scores.{mine.tag('partial')}.parquet"
         library = tables.read("library", data / "library.parquet")
-        parent = fill(load_parent, cfg.parent, device=mine.device(pick_device()))
+        parent = fill(load_parent, cfg.parent, device=mine.device(pick_device(cfg.parent.get("device", "auto"))), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         known = tables.read_known("scores", table, *sorted(out.glob(".scores.partial*.parquet")))
         scores, num_made = scoring.score_library(

@@ -83,6 +83,7 @@ def test_a_run_answers_what_did_i_get(project):
         ("params.yaml", "parent: pico", "parent: smollm2-135m", STAGES),
         ("conf/parent/pico.yaml", "seed: 0", "seed: 1", STAGES),
         ("conf/gkd/pico.yaml", "lr: 1.0e-3", "lr: 2.0e-3", ["gkd"]),
+        ("params.yaml", "repeats: 1", "repeats: 2", ["assemble", "gkd"]),
         ("conf/score/pico.yaml", "num_tokens: 512", "num_tokens: 256", ["score", "search", "assemble", "gkd"]),
         ("conf/search_space/pico.yaml", "[w80,", "[w80, w48,", STAGES),
         ("conf/parent/pico.yaml", "source: random", "source: random   # a comment", []),

@@ -1,0 +1,237 @@
+"""Children out: generate, compile, save again; what comes along with a checkpoint; its model card; healed once."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PICO, architecture, pico_parent, variants
+from huggingface_hub import ModelCard
+from test_config import composed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, StaticCache
+
+import stages.assemble
+import stages.gkd
+from puzzle_core import cards, gkd, modeling_puzzle, tables
+from puzzle_core.bld import Settings, jobs, train_library
+from puzzle_core.children import load_child, make_child, save_child
+from puzzle_core.config import plain
+from puzzle_core.corpus import Corpus
+from puzzle_core.files import read_json, write_json
+from puzzle_core.parents import Origin, load_parent
+from puzzle_core.schedule import lr_factor
+from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, Variant
+
+MIXED = architecture("no_op w80", "linear parent", "kv1 no_op", "parent linear")
+CPU = torch.device("cpu")
+IDS = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def parent():
+    """A parent with a chat template and a generation config of its own."""
+    parent = pico_parent()
+    parent.tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    parent.model.generation_config = GenerationConfig(temperature=0.7, top_p=0.9, do_sample=True, eos_token_id=0, pad_token_id=0)
+    return parent
+
+
+@pytest.fixture(scope="module")
+def folder(parent, tmp_path_factory) -> Path:
+    """A child with every kind of variant, layer 0 without attention, as its user gets it."""
+    folder = tmp_path_factory.mktemp("children") / "child"
+    save_child(make_child(parent, MIXED, variants(parent, folder.parent)), parent.tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def child(folder):
+    return load_child(folder, torch.float32, CPU)
+
+
+@torch.no_grad()
+def greedy(model, prompt: torch.Tensor, num_tokens: int) -> list[int]:
+    """The continuation of one prompt [T], token by token, by whole forwards without a cache."""
+    ids = prompt[None]
+    for _ in range(num_tokens):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_with_left_padding_gives_the_uncached_greedy_continuation_token_by_token(child, cache):
+    prompts = [IDS[0], IDS[1, :7]]
+    padded = torch.stack([torch.cat([p.new_zeros(12 - len(p)), p]) for p in prompts])
+    out = child.generate(
+        padded, attention_mask=(padded != 0).long(), cache_implementation=cache, max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    assert out[:, 12:].tolist() == [greedy(child, prompt, 10) for prompt in prompts]
+
+
+def test_beam_search_moves_the_caches_of_all_layers(child):
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(child.generate(IDS, **options), child.generate(IDS, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_torch_compile_makes_one_graph_that_says_the_same(child):
+    torch._dynamo.reset()
+    compiled = torch.compile(child, fullgraph=True, backend="aot_eager")  # inductor would take a minute here
+    torch.testing.assert_close(compiled(IDS).logits, child(IDS).logits)  # the model makes its own dynamic cache
+
+
+@torch.no_grad()
+def test_a_compiled_child_decodes_through_a_static_cache(child):
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(child, fullgraph=True, backend="eager"), StaticCache(config=child.config, max_cache_len=16)
+    parts = [compiled(ids, past_key_values=cache, use_cache=True).logits for ids in IDS.split([10, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), child(IDS, use_cache=False).logits, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_loaded_child_saved_by_transformers_alone_loads_again(child, tmp_path):
+    child.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(IDS).logits, child(IDS).logits)
+    assert (tmp_path / "again" / "modeling_puzzle.py").read_text() == Path(modeling_puzzle.__file__).read_text()
+    assert again.config.to_dict()["per_layer_config"] == child.config.to_dict()["per_layer_config"]
+
+
+def test_tokenizer_chat_template_and_generation_config_come_along(parent, folder, child):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "[user]Hello"
+    assert tokenizer("a text")["input_ids"] == parent.tokenizer("a text")["input_ids"]
+    assert child.generation_config.to_diff_dict() == parent.model.generation_config.to_diff_dict()
+
+
+@torch.no_grad()
+def test_an_all_parent_child_is_a_stock_checkpoint_bit_equal_to_the_parent(parent, tmp_path):
+    same = make_child(parent, Architecture.uniform(4), variants(parent, tmp_path))
+    save_child(same, parent.tokenizer, tmp_path / "same")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "same", trust_remote_code=False)
+    assert type(loaded) is LlamaForCausalLM and torch.equal(loaded(IDS).logits, parent.model(IDS).logits)
+    for name, tensor in parent.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    written = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert not {"per_layer_config", "auto_map", "puzzle", "linear_subblocks"} & set(written)
+    assert not list((tmp_path / "same").glob("*.py"))
+
+
+def solution_of(chosen: Architecture) -> Solution:
+    totals = {"latency_ms": 5.0, "memory_mib": 3.0, "num_params": 1000.0}
+    parent_totals = {name: 2 * value for name, value in totals.items()}
+    constraints = (Constraint("speedup", 1.5, "latency_ms", 6.7),)
+    return Solution(chosen, Scenario(2, 16, 4), "kl", 0.25, 0.25, "optimal", 0.0, totals, parent_totals, constraints)
+
+
+ROW = {"speedup": 1.0, "latency_ms": 10.0, "memory_mib": 6.0, "num_params": 2000.0, "kl": 0.0, "perplexity": 20.5, "top1_agreement": 1.0}
+
+
+@pytest.mark.parametrize("license", ["apache-2.0", None])
+def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement(parent, tmp_path, license):
+    origin = Origin("owner/model", "[owner/model](https://huggingface.co/owner/model) at revision abc", license, "owner/model")
+    object.__setattr__(parent, "origin", origin)
+    measured = {"parent": ROW, "child": {**ROW, "speedup": 1.875, "kl": 0.375}}
+    cards.write(tmp_path, parent, solution_of(MIXED), measured, "Put together.", "excerpt")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.pipeline_tag) == (license, "owner/model", "text-generation")
+    assert {"puzzle", "custom_code"} <= set(card.data.tags)
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0}
+    rows = ("| 2.00 × | 5 |", "| 1.88 × | 10 |", "| 2 | kv1 | no_op |")
+    for words in ("at revision abc", "Asked for: speedup 1.5", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
+        assert words in card.text, words
+    assert ("apache-2.0" if license else "not recorded") in card.text
+    assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text
+
+
+def test_a_card_of_a_gguf_parent_never_calls_it_the_original(pico, tmp_path, monkeypatch):
+    pico.model.save_pretrained(tmp_path / "cache")
+    pico.tokenizer.save_pretrained(tmp_path / "cache")
+    (tmp_path / "model.Q4_1.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("puzzle_core.parents._dequantised", lambda file, sha256: tmp_path / "cache")
+    parent = load_parent("gguf", path=str(tmp_path / "model.Q4_1.gguf"), license="mit")
+    cards.write(tmp_path, parent, solution_of(Architecture.uniform(4)), {"parent": ROW, "child": ROW}, "", "excerpt")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "`model.Q4_1.gguf`, *dequantised from GGUF*: not the original checkpoint" in card.text
+    assert card.data.base_model is None and "trust_remote_code" not in card.text and str(tmp_path) not in str(card)
+
+
+# ---------------------------------------------------------------------------------- assemble and gkd, as stages
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """What assemble and gkd read, and an assembled child."""
+    data = tmp_path_factory.mktemp("stages")
+    chosen = architecture("no_op parent", "parent w80", "parent no_op", "parent parent")
+    cfg = config(data)
+    parent = load_parent(**plain(cfg.parent))
+    corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), Settings(64, 4, 512, 0, 256, None, 1e-3, 0.1, 0.0, 1.0)
+    space = {"attention": [Variant("no_op"), Variant("parent")], "ffn": [Variant("no_op"), Variant("w", 80), Variant("parent")]}
+    library, _ = train_library(parent, jobs(parent, space, settings, 0, corpus), corpus, settings, 0, data / "blocks")
+    tables.write("library", library, data / "library.parquet")
+    write_json(data / "solution.json", solution_of(chosen).to_json())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.assemble, "verify_reload", lambda *_: None)  # a process of its own; the pipeline's tests run it
+        stages.assemble.run(cfg)
+    return data
+
+
+def config(data: Path, *more: str):
+    small = ["evaluation.text.num_tokens=512", "evaluation.text.seq_len=64", "evaluation.repeats=1", "gkd.train_tokens=1024"]
+    cfg = composed(*PICO, *small, f"data={data}", *more)
+    cfg.out = str(data)
+    return cfg
+
+
+def figures(folder: Path) -> dict[str, float]:
+    return {result.metric_type: result.metric_value for result in ModelCard.load(folder / "README.md").data.eval_results}
+
+
+def test_assemble_writes_a_child_that_is_whole_or_not_there(data, tmp_path, monkeypatch):
+    measured = json.loads((data / "metrics" / "child.json").read_text())
+    assert figures(data / "child") == {key: pytest.approx(measured[key]) for key in ("kl", "perplexity", "top1_agreement")}
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("child", ".*"))
+    monkeypatch.setattr(stages.assemble, "verify_reload", lambda *_: None)
+    monkeypatch.setattr(cards, "write", lambda *_: read_json(tmp_path / "missing"))
+    with pytest.raises(SystemExit):
+        stages.assemble.run(config(tmp_path / "data"))
+    assert not list((tmp_path / "data").glob("*child*"))
+
+
+def trains(monkeypatch, cfg) -> bool:
+    """Whether gkd trains when it is run."""
+    trained, distill = [], gkd.distill
+    with monkeypatch.context() as patch:
+        patch.setattr(gkd, "distill", lambda *arguments: trained.append(True) or distill(*arguments))
+        stages.gkd.run(cfg)
+    return bool(trained)
+
+
+def test_gkd_measures_again_without_training_again_when_only_the_evaluation_changed(data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    data, distilled = tmp_path / "data", tmp_path / "data" / "distilled"
+    stages.gkd.run(config(data))
+    curve, before = (data / "plots" / "gkd_curve.json").read_bytes(), figures(distilled)
+    weights = (distilled / "model.safetensors").stat()
+    (data / "plots" / "gkd_curve.json").unlink()  # as DVC does
+    assert not trains(monkeypatch, config(data, "evaluation.text.num_tokens=1024"))
+    assert (distilled / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+    assert (data / "plots" / "gkd_curve.json").read_bytes() == curve and figures(distilled) != before
+    hot = "gkd.lr=2.0e-3"
+    assert trains(monkeypatch, config(data, hot)) and not trains(monkeypatch, config(data, hot))
+    (distilled / "model.safetensors").unlink()
+    (distilled / "model.safetensors").write_bytes(b"damaged")
+    assert trains(monkeypatch, config(data, hot)) and not trains(monkeypatch, config(data, hot))
+    load_child(distilled, torch.float32, CPU)
+    assert not list(data.glob(".gkd-*")) and not list(data.glob("*.part"))
+
+
+def test_gkd_trains_from_its_first_step_to_its_last(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    cfg = config(tmp_path / "data", "gkd.train_tokens=5120", "gkd.save_every_steps=100")
+    stages.gkd.run(cfg)
+    rates = [row["learning_rate"] for row in json.loads((tmp_path / "data" / "plots" / "gkd_curve.json").read_text())]
+    assert rates == pytest.approx([cfg.gkd.lr * lr_factor(step, 20, cfg.gkd.warmup_fraction) for step in range(20)])
+    assert min(rates) > 0 and rates[:3] == [cfg.gkd.lr / 2, cfg.gkd.lr, cfg.gkd.lr]
