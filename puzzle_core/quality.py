@@ -17,7 +17,6 @@ from puzzle_core.questions import Question, tokenize
 from puzzle_core.trace import head, last_hidden
 
 TOKENS_AT_ONCE = 256  # of logits that are compared whole: tokens whose vocabulary is normalised at a time
-
 IN_CACHE = 2**21  # logits of which a CPU makes several copies at a time: three times faster than all that the head gives at once
 
 
