@@ -7,7 +7,6 @@ The naive loop is what one writes first: a forward pass of the parent with hooks
 forward, backward and AdamW step. Both train the same variants on the same tokens; weights are random, which times do not see.
 """
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -75,7 +74,16 @@ def naive_step_s(parent: Parent, space: dict, batches: list, dtype: torch.dtype,
     return float(np.median(times[1:]))
 
 
-def our_step_s(parent: Parent, space: dict, settings: bld.Settings, repeats: int) -> tuple[float, float]:
+def peak_gib() -> float:
+    """Most GPU memory in use since the last call."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def our_steps(parent: Parent, space: dict, settings: bld.Settings, repeats: int) -> dict[str, float]:
     """Seconds a step over all layers, and seconds to initialise and refit them, from the first, middle and last layer."""
     corpus = RandomTokens(parent.model.config.vocab_size)
     jobs = bld.jobs(parent, space, settings, 0, corpus)
@@ -85,9 +93,11 @@ def our_step_s(parent: Parent, space: dict, settings: bld.Settings, repeats: int
     with tempfile.TemporaryDirectory() as directory:
         for layer in sorted({0, num_layers // 2, num_layers - 1}):
             run = ParentRun(parent, batches)
+            peak_gib()
             start = now(parent.device)
             window = Window(run, range(layer, layer + 1), [j for j in jobs if j.layer == layer], settings, repeats, Path(directory))
             closed.append(now(parent.device) - start)
+            closed_gib = peak_gib()
             window.optimizer = window.make_optimizer()
             step = Captured(window.step) if parent.device.type == "cuda" else window.step
             hidden = run.hidden["train"][0]
@@ -99,8 +109,9 @@ def our_step_s(parent: Parent, space: dict, settings: bld.Settings, repeats: int
                 step(hidden)
                 times.append(now(parent.device) - start)
             steps.append(float(np.median(times)))
+            peaks = {"closed_form_gib": closed_gib, "step_gib": peak_gib()}
             del window, step, run
-    return float(np.mean(steps)) * num_layers, float(np.mean(closed)) * num_layers
+    return {"step_s": float(np.mean(steps)) * num_layers, "closed_form_s": float(np.mean(closed)) * num_layers, **peaks}
 
 
 def whole_run(parent: Parent, space: dict, settings: bld.Settings) -> dict:
@@ -110,16 +121,12 @@ def whole_run(parent: Parent, space: dict, settings: bld.Settings) -> dict:
     budgets = {"calibration": settings.calibration_tokens, "train": settings.train_tokens, "val": settings.val_tokens}
     wanted = [(job.layer, job.subblock, job.variant) for job in jobs]
     planned = plan(parent, wanted, budgets, settings.seq_len, settings.batch_size, settings.memory_gib)
-    on_gpu = parent.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    peak_gib()
     with tempfile.TemporaryDirectory() as directory:
         start = now(parent.device)
         bld.train_library(parent, jobs, corpus, settings, 0, Path(directory) / "blocks")
         seconds = now(parent.device) - start
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
-    return {"windows": len(planned.windows), "seconds": seconds, "planned_gib": planned.peak_bytes / 2**30, "peak_gib": peak}
+    return {"windows": len(planned.windows), "seconds": seconds, "planned_gib": planned.peak_bytes / 2**30, "peak_gib": peak_gib()}
 
 
 def main() -> None:
@@ -136,6 +143,8 @@ def main() -> None:
     device, tokens = pick_device(), options.seq_len * options.batch_size
     rows, rate = [], {}
     for dtype in (torch.float32, torch.bfloat16):
+        if options.no_naive and dtype == torch.float32:
+            continue
         name = str(dtype).removeprefix("torch.")
         rate[name] = matmul_flops_per_s(device, dtype)
         parent = load_parent("random", dtype=name, device=device, config=geometry(options.parent))
@@ -144,22 +153,20 @@ def main() -> None:
             options.seq_len, options.batch_size, 8 * tokens, 20 * tokens, 2 * tokens, [0.001, 0.1], 1e-4, 0.1, 0.0, 1.0,
             compile=options.compile, memory_gib=options.memory_gib,
         )  # fmt: skip
-        if options.no_naive and dtype == torch.float32:
-            continue
         wanted = [(job.layer, job.subblock, job.variant) for job in bld.jobs(parent, space, settings, 0, RandomTokens(2))]
         a_step = plan(parent, wanted, {"calibration": 0, "train": tokens, "val": 0}, options.seq_len, options.batch_size, None)
         flops = a_step.training_flops + a_step.parent_flops
-        ours, closed = our_step_s(parent, space, settings, options.repeats)
+        ours = our_steps(parent, space, settings, options.repeats)
         batches = RandomTokens(parent.model.config.vocab_size).batches("train", 2 * tokens, options.seq_len, options.batch_size, "naive")
         naive = None if options.no_naive else naive_step_s(parent, space, batches, dtype, options.repeats)
         rows.append({
-            "dtype": name, "step_s": ours, "floor_s": flops / rate[name], "tokens_per_s": tokens / ours,
-            "utilisation": flops / rate[name] / ours, "naive_step_s": naive, "times_naive": naive and naive / ours, "closed_form_s": closed,
+            "dtype": name, **ours, "floor_s": flops / rate[name], "tokens_per_s": tokens / ours["step_s"],
+            "utilisation": flops / rate[name] / ours["step_s"], "naive_step_s": naive, "times_naive": naive and naive / ours["step_s"],
         })  # fmt: skip
+        print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:,.4g}"), flush=True)
         if dtype == torch.bfloat16:
-            memory = whole_run(parent, space, dataclasses.replace(settings))
+            memory = whole_run(parent, space, settings)
         del parent
-    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:,.4g}"))
     print({**memory, "matmul_tflops": {k: v / 1e12 for k, v in rate.items()}})
     variants = {s: [str(v) for v in some] for s, some in space.items()}
     asked = {**vars(options), "tokens_per_step": tokens, "variants": variants}

@@ -45,9 +45,10 @@ def table(metrics: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def write_into_readme(text: str) -> None:
+def write_into_readme(section: str, text: str) -> None:
+    """Replace what stands between the README's markers of `section`."""
     readme = (ROOT / "README.md").read_text()
-    start, end = "<!-- results:", "<!-- /results -->"
+    start, end = f"<!-- {section}:", f"<!-- /{section} -->"
     head, rest = readme.split(start)
     comment, tail = rest.split("-->", 1)[0], rest.split(end)[1]
     (ROOT / "README.md").write_text(f"{head}{start}{comment}-->\n{text}\n{end}{tail}")
@@ -76,7 +77,7 @@ def main() -> None:
     )
     text = f"{table(metrics)}\n\n{caption}"
     print(text)
-    write_into_readme(text)
+    write_into_readme("results", text)
 
 
 if __name__ == "__main__":

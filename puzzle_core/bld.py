@@ -5,6 +5,7 @@ Where the hidden states of the whole training budget fit in memory, a window is 
 from where the last window ended; else windows are as large as memory allows, and each runs the parent's layers below it
 again (`plan`).
 """
+import gc
 from pathlib import Path
 
 import pandas as pd
@@ -69,6 +70,7 @@ def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings
                 run.skip(layer)
             here = [job for job in missing if job.layer in layers]
             rows |= Window(run, layers, here, settings, len(batches["train"]), blocks).train(batches["train"], progress)
+            gc.collect()  # the window's optimizer and graph hold each other, and most of the memory
             position = layers.stop
     return rows
 

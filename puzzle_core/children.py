@@ -40,6 +40,9 @@ def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[
     base = type(parent.model)
     if overrides:
         config.puzzle, config.linear_subblocks = puzzle_section(parent), []
+        for kind, key in parent.family.size_keys.items():
+            if not hasattr(config, key):  # a layer may only change what the whole config has
+                setattr(config, key, parent.family.whole_size(kind, config))
         config.per_layer_config = overrides
         base = modeling_puzzle.child_class(base)
         base.register_for_auto_class("AutoModelForCausalLM")
@@ -52,7 +55,8 @@ def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[
     child.load_state_dict({k: v for k, v in parent.model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
     for layer, subblock, variant in architecture.items():
         if variant not in (PARENT, NO_OP):
-            load_weights(getattr(family_layers[layer], parent.family.subblock(subblock).module), *weights_of(layer, subblock, variant))
+            module = modeling_puzzle.get_subblock(family_layers[layer], parent.family.subblock(subblock).modules)
+            load_weights(module, *weights_of(layer, subblock, variant))
     child.generation_config = parent.model.generation_config
     return child.eval()
 

@@ -70,7 +70,7 @@ def request(model: PreTrainedModel, scenario: Scenario, decode_steps: int | None
     generator = torch.Generator().manual_seed(0)
     shape = (scenario.batch_size, scenario.prompt_len + skipped)
     ids = torch.randint(1, model.config.vocab_size, shape, generator=generator).to(device)
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
 
     def step(some_ids: Tensor) -> Tensor:
         return model(input_ids=some_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
@@ -131,12 +131,14 @@ def profile(
         (s, v): [_random(build_subblock(parent, layer, s, v)) for layer in range(num_layers)]
         for s, v in tqdm(options, desc="build variants", unit="variant")
     }
-    (calls,) = ParentRun(parent, {"shape": [torch.ones(1, 2, dtype=torch.long)]}).advance(0, "shape")
+    run = ParentRun(parent, {"shape": [torch.ones(1, scenario.sequence_len, dtype=torch.long)]})  # a window keeps no more than itself
+    calls = [next(run.advance(layer, "shape"))[ATTENTION] for layer in range(num_layers)]
     values: dict[tuple[str, Variant], dict[str, float]] = {}
     for subblock, variant in [*((s, PARENT) for s in SUBBLOCKS), *options]:
-        module = parent.module(0, subblock) if variant == PARENT else modules[subblock, variant][0]
-        count = num_params(parent, 0, subblock, module)
-        kv_bytes = kv_bytes_per_token(module, 0, calls[ATTENTION]) if subblock == ATTENTION else 0
+        here = [parent.module(layer, subblock) for layer in range(num_layers)] if variant == PARENT else modules[subblock, variant]
+        count, kv_bytes = num_params(parent, 0, subblock, here[0]), 0.0
+        if subblock == ATTENTION:
+            kv_bytes = statistics.mean(kv_bytes_per_token(m, layer, call) for layer, (m, call) in enumerate(zip(here, calls, strict=True)))
         values[subblock, variant] = {"num_params": count, "param_bytes": count * itemsize, "kv_bytes_per_token": kv_bytes}
     whole = sum(p.numel() for p in parent.model.parameters())
     outside = whole - num_layers * sum(values[s, PARENT]["num_params"] for s in SUBBLOCKS)

@@ -79,7 +79,7 @@ class Learner(nn.Module):
         """The normalised MSE of each variant against what the parent's subblock said."""
         with call.autocast():
             outputs = self(*call.args, **call.kwargs)
-        return [normalised_mse(out, call.output_BTD, per) for out in outputs]
+        return [normalised_mse(out.view_as(call.output_BTD), call.output_BTD, per) for out in outputs]
 
     def gradients(self, index: int) -> list[Tensor]:
         """Views of the gradients that belong to variant `index`."""

@@ -22,8 +22,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from puzzle_core.families import Family, family_of
+from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, fingerprint, lock
+from puzzle_core.modeling_puzzle import get_subblock
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -56,7 +57,7 @@ class Parent:
 
     def module(self, layer: int, subblock: str) -> nn.Module:
         """The bare module of a subblock, without its norms."""
-        return getattr(self.layers[layer], self.family.subblock(subblock).module)
+        return get_subblock(self.layers[layer], self.family.subblock(subblock).modules)
 
     def norms(self, layer: int, subblock: str) -> list[nn.Module]:
         return [getattr(self.layers[layer], name) for name in self.family.subblock(subblock).norms]
@@ -173,4 +174,4 @@ def load_parent(
         raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
     model = model.eval().requires_grad_(False).to(device)
-    return Parent(model, tokenizer, family_of(model.config.model_type), identity)
+    return Parent(model, tokenizer, family_for(model.config), identity)

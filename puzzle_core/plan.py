@@ -10,6 +10,7 @@ from torch import nn
 from puzzle_core.parents import Parent
 from puzzle_core.spec import LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
+from puzzle_core.surgery import last_projection
 
 GIB = 2**30
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
@@ -46,7 +47,7 @@ class Plan:
 
 
 def _matrix_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 
 def _is_trained(variant: Variant) -> bool:
@@ -62,11 +63,16 @@ class _Layer:
     flops_per_token: float
     wide: int  # values of width one held for each token: FFN channels, attention projections
     num_outputs: int
+    widest: int  # inputs of the largest last projection: what the refit's statistics are squares of
+
+    def refit_bytes(self, tokens: int, itemsize: int) -> int:
+        """While one variant is refitted: its activations, in float32 too, and float64 statistics with what solving takes."""
+        return self.widest * (tokens * (3 * itemsize + 4) + 6 * 8 * self.widest)
 
 
 def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear: bool) -> _Layer:
     """Forward 2 FLOPs a weight and token, gradient of the weights 2, gradient into the activations 2 for the last matrix."""
-    params = shell = wide = num_outputs = 0
+    params = shell = wide = num_outputs = widest = 0
     flops = 0.0
     hidden = parent.model.config.get_text_config().hidden_size
     for subblock, variant in wanted:
@@ -75,15 +81,16 @@ def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear
         module = build_subblock(parent, 0, subblock, variant)
         count = sum(p.numel() for p in module.parameters())
         shell += count
+        last = last_projection(module, parent.family.subblock(subblock), variant)
+        widest = max(widest, _matrix_params(last) // hidden if last else 0)
         if variant == LINEAR and closed_form_linear:
             continue
-        last = module.get_submodule(getattr(parent.family.subblock(subblock), "last", "")) if variant != LINEAR else module
-        matrices, of_last = _matrix_params(module), _matrix_params(last)
+        matrices, of_last = _matrix_params(module), _matrix_params(last) if last else 0
         params += count
         flops += 4 * matrices + 2 * of_last
         wide += (matrices - of_last) // hidden + of_last // hidden
         num_outputs += 1
-    return _Layer(params, shell, flops, wide, num_outputs)
+    return _Layer(params, shell, flops, wide, num_outputs, widest)
 
 
 def plan(
@@ -108,13 +115,15 @@ def plan(
     held = (budgets["calibration"] + 2 * budgets["val"]) * hidden * itemsize
     fixed = sum(p.numel() * p.element_size() for p in parent.model.parameters()) + held
     need = {n: layer.params * BYTES_PER_TRAINED + layer.shell_params * itemsize for n, layer in of_layer.items()}
-    working = max(tokens * (layer.wide * 4 * itemsize + layer.num_outputs * hidden * 3 * itemsize) for layer in of_layer.values())
+    training = max(tokens * itemsize * 3 * (layer.wide + layer.num_outputs * hidden) for layer in of_layer.values())
+    calls = (budgets["calibration"] + budgets["val"]) * hidden * itemsize * 5  # what a layer's subblocks see and say
+    working = max(training, calls + max(layer.refit_bytes(tokens, itemsize) for layer in of_layer.values()))
     limit = _limit(parent.device, memory_gib)
-    training = budgets["train"] * hidden * itemsize
+    hiddens = budgets["train"] * hidden * itemsize
     smallest = fixed + working + max(need.values())
-    holds_training = smallest + training <= limit
+    holds_training = smallest + hiddens <= limit
     if holds_training:
-        windows, fixed = [range(n, n + 1) for n in of_layer], fixed + training
+        windows, fixed = [range(n, n + 1) for n in of_layer], fixed + hiddens
     else:
         if smallest > limit:
             raise ValueError(
@@ -122,7 +131,7 @@ def plan(
                 "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
             )
         windows = _pack(need, limit - fixed - working)
-    block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() == 2)
+    block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() >= 2)
     passes = max(of_layer) + 1 if holds_training else sum(window.stop for window in windows)
     return Plan(
         windows=windows,

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from puzzle_core import modeling_puzzle
-from puzzle_core.families import Family
+from puzzle_core.families import SIZED, Family
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Variant
 
@@ -30,35 +30,40 @@ def resolve_space(space: dict[str, list[str]], config: PreTrainedConfig, family:
     resolved = {}
     for subblock in SUBBLOCKS:
         resolved[subblock] = [PARENT]
-        for text in space[subblock]:
-            variant = _resolve(str(text), config, family)
-            allowed = {ATTENTION: ("kv", "linear", "no_op", "parent"), FFN: ("w", "linear", "no_op", "parent")}[subblock]
-            if variant.kind not in allowed:
-                raise ValueError(f"search_space.{subblock}: '{text}' is not a variant of {subblock}; known kinds: {', '.join(allowed)}")
+        kinds = [kind for kind in SIZED[subblock] if kind in family.size_keys] + ["linear", "no_op", "parent"]
+        for text in map(str, space[subblock]):
+            kind = text.rstrip("%.0123456789") if text.endswith("%") else Variant.parse(text).kind
+            if kind not in kinds:
+                raise ValueError(
+                    f"search_space.{subblock}: '{text}' is not a variant of {subblock} in {config.model_type} parents; "
+                    f"known kinds: {', '.join(kinds)}"
+                )
+            variant = _resolve(text, kind, config, family)
             if variant not in resolved[subblock]:
                 resolved[subblock].append(variant)
     return resolved
 
 
-def _resolve(text: str, config: PreTrainedConfig, family: Family) -> Variant:
-    share = None
-    if text.endswith("%"):
-        kind = text.rstrip("%.0123456789")
-        share = float(text[len(kind) : -1]) / 100
-    else:
-        variant = Variant.parse(text)
-        kind = variant.kind
+def _resolve(text: str, kind: str, config: PreTrainedConfig, family: Family) -> Variant:
     if kind not in family.size_keys:
         return Variant.parse(text)
-    whole = getattr(config, family.size_keys[kind])
-    divisors = [n for n in range(1, whole) if whole % n == 0]
-    if share is not None:
-        if whole == 1 or (kind == "w" and max(32, round(share * whole / 32) * 32) >= whole):
+    whole = family.whole_size(kind, config)
+    # A window of 1 would leave each token itself alone; fewer experts than a token is sent to cannot be.
+    least = {"window": 2, "e": getattr(config, "num_experts_per_tok", 1)}.get(kind, 1)
+    sizes = [n for n in range(least, whole) if kind != "kv" or whole % n == 0]
+    if text.endswith("%"):
+        size = float(text[len(kind) : -1]) / 100 * whole
+        if kind == "kv":
+            size = max([n for n in sizes if n <= size] or [1])
+        elif kind == "w":
+            size = max(32, round(size / 32) * 32)
+        variant = Variant(kind, max(least, round(size)))
+        if variant.size >= whole:
             return PARENT
-        size = max([n for n in divisors if n <= share * whole] or [1]) if kind == "kv" else max(32, round(share * whole / 32) * 32)
-        variant = Variant(kind, size)
-    if not variant.size or variant.size >= whole or (kind == "kv" and variant.size not in divisors):
-        expected = f"one of {divisors}" if kind == "kv" else f"between 1 and {whole - 1}"
+    else:
+        variant = Variant.parse(text)
+    if variant.size not in sizes:
+        expected = f"one of {sizes}" if kind == "kv" else f"between {least} and {whole - 1}"
         raise ValueError(f"variant '{text}' does not fit this parent, whose {family.size_keys[kind]} is {whole}; expected {expected}")
     return variant
 
@@ -74,11 +79,7 @@ def changes(family: Family, subblock: str, variant: Variant) -> dict:
 
 def puzzle_section(parent: Parent) -> dict:
     """config.json's `puzzle`: what the modelling file must know of the family."""
-    section = parent.family.to_json()
-    for subblock in SUBBLOCKS:
-        names, module = parent.family.subblock(subblock), parent.module(0, subblock)
-        section[subblock]["bias"] = any(getattr(module, name).bias is not None for name in (names.first, names.last))
-    return section
+    return parent.family.to_json()
 
 
 @contextlib.contextmanager
@@ -94,23 +95,23 @@ def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant) 
         built = modeling_puzzle.build_layer(
             parent.layers[layer], parent.model.config, changes(parent.family, subblock, variant), layer, puzzle_section(parent)
         )
-    return getattr(built, parent.family.subblock(subblock).module).eval()
+    return modeling_puzzle.get_subblock(built, parent.family.subblock(subblock).modules).eval()
 
 
 @contextlib.contextmanager
 def swapped(parent: Parent, layer: int, subblock: str, module: nn.Module) -> Iterator[None]:
     """Put `module` in the parent's place for a while; where it does nothing, the subblock's norms rest too."""
     block, names = parent.layers[layer], parent.family.subblock(subblock)
-    kept = {name: getattr(block, name) for name in (names.module, *names.norms)}
-    setattr(block, names.module, module)
+    kept = {name: block.get_submodule(name) for name in (*names.modules, *names.norms)}
+    modeling_puzzle.set_subblock(block, names.modules, module)
     if isinstance(module, (modeling_puzzle.NoOpAttention, modeling_puzzle.NoOpFfn)):
         for name in names.norms:
-            setattr(block, name, nn.Identity())
+            block.set_submodule(name, nn.Identity())
     try:
         yield
     finally:
         for name, original in kept.items():
-            setattr(block, name, original)
+            block.set_submodule(name, original)
 
 
 def num_params(parent: Parent, layer: int, subblock: str, module: nn.Module) -> int:

@@ -1,10 +1,12 @@
 """Running the parent in parts: what enters each layer, what each subblock sees and says, and starting half way up."""
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -32,10 +34,10 @@ def layer_inputs(parent: Parent, input_ids: Tensor, last_layer: int | None = Non
 
     def record(index: int) -> Callable:
         def hook(module, args, kwargs):
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            hiddens.append(hidden)
-            others.append(kwargs)
+            named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            named |= named.pop("kwargs", {})
+            hiddens.append(named.pop("hidden_states"))
+            others.append(named)
             if index == last_layer:
                 raise _Stop
 
@@ -72,7 +74,7 @@ def start_at(parent: Parent, layer: int, hidden_BTD: Tensor | None) -> Iterator[
     Where `layer` is 0 nothing is skipped: the forward starts from the tokens. Where it is the number of layers, what is
     left is the final norm and the head.
     """
-    with _answering(parent.layers[:layer], hidden_BTD):
+    with _answering(parent.layers[:layer], (hidden_BTD, None) if parent.family.returns_tuple else hidden_BTD):
         yield
 
 
@@ -108,8 +110,11 @@ def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None 
 @torch.no_grad()
 def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
     """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
-    # MoeModelOutputWithPast has every field that any causal LM asks of its body's output.
-    with _answering([parent.model.base_model], MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])):
+    # Together these have every field that any causal LM asks of its body's output.
+    body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
+    body.cross_attentions = None
+    # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
+    with _answering({parent.model.base_model, parent.model.get_submodule(parent.family.layers.rpartition(".")[0])}, body):
         return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
@@ -129,14 +134,15 @@ class Call:
     def replay(self, module: nn.Module) -> Tensor:
         """What `module` says to the same input: [B, T, D]."""
         with self.autocast():
-            return first(module(*self.args, **self.kwargs))
+            return first(module(*self.args, **self.kwargs)).view_as(self.output_BTD)  # opt's FFN sees all tokens in one row
 
 
 @torch.no_grad()
 def kv_bytes_per_token(module: nn.Module, layer: int, call: Call) -> int:
     """Bytes that `module`, as layer's attention, really leaves in a KV cache for one token of one sequence."""
-    cache = DynamicCache()
-    module(*call.args, **{**call.kwargs, "past_key_values": cache})
+    cache = DynamicCache(config=getattr(module, "config", None))
+    name = next(name for name in ("past_key_values", "layer_past") if name in call.kwargs)
+    module(*call.args, **{**call.kwargs, name: cache})
     slot = cache.layers[layer]
     return (slot.keys.nbytes + slot.values.nbytes) // call.output_BTD.shape[:2].numel()
 
@@ -158,20 +164,27 @@ class ParentRun:
     @torch.no_grad()
     def through(self, layers: range, hidden_BTD: Tensor) -> Iterator[tuple[int, dict[str, Call]]]:
         """Run one batch from the first of `layers` on; yield each layer and what its subblocks and the block saw and said."""
-        seen: dict[str, Call] = {}
-
-        def record(subblock: str) -> Callable:
-            return lambda module, args, kwargs, output: seen.__setitem__(subblock, Call(args, kwargs, first(output)))
-
         for layer in layers:
-            handles = [self.parent.module(layer, s).register_forward_hook(record(s), with_kwargs=True) for s in SUBBLOCKS]
+            seen: dict[str, tuple] = {}
+            handles = [handle for s in SUBBLOCKS for handle in self._record(layer, s, seen)]
             try:
                 out_BTD = first(self.parent.layers[layer](hidden_BTD, **self.others[layer]))
             finally:
                 for handle in handles:
                     handle.remove()
-            yield layer, {**seen, BLOCK: Call((hidden_BTD,), self.others[layer], out_BTD)}
+            calls = {s: Call(args, kwargs, output.view_as(out_BTD)) for s, (args, kwargs, output) in seen.items()}
+            yield layer, {**calls, BLOCK: Call((hidden_BTD,), self.others[layer], out_BTD)}
             hidden_BTD = out_BTD
+
+    def _record(self, layer: int, subblock: str, seen: dict[str, tuple]) -> Iterator[RemovableHandle]:
+        """A subblock's first module sees its input, the last one says its output."""
+        parts = [self.parent.layers[layer].get_submodule(name) for name in self.parent.family.subblock(subblock).modules]
+        yield parts[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.__setitem__(subblock, (args, kwargs)), with_kwargs=True
+        )
+        yield parts[-1].register_forward_hook(
+            lambda module, args, output: seen.__setitem__(subblock, (*seen[subblock], first(output)))
+        )
 
     def advance(self, layer: int, use: str) -> Iterator[dict[str, Call]]:
         """Move each batch of `use` from the input of `layer` to its output; yield what was seen and said there."""

@@ -88,7 +88,7 @@ class Trainee:
 
     job: Job
     module: nn.Module
-    last: nn.Module | None = None  # the projection back into the residual stream
+    last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
     init: str = ""
     loss_before: float = 0.0
     loss_after: float = 0.0
@@ -121,17 +121,12 @@ class Window:
     def _initialise(self, here: list[Job], layer: int) -> list[Trainee]:
         """Initialise and refit the variants of one layer, moving the calibration and validation runs past it."""
         parent, run, settings = self.run.parent, self.run, self.settings
-        inner_last = getattr(parent.module(layer, FFN), parent.family.ffn.last)
-        contributions: list[Tensor] = []
-        handle = inner_last.register_forward_pre_hook(
-            lambda module, args: contributions.append(surgery.channel_contribution(args[0].flatten(0, -2), module.weight))
-        )
-        calibration = list(run.advance(layer, "calibration"))
-        handle.remove()
-        importance_I = torch.stack(contributions).mean(dim=0)
+        with surgery.watch_importance(parent.module(layer, FFN), parent.family.ffn) as seen:
+            calibration = list(run.advance(layer, "calibration"))
+        importance = torch.stack(seen).mean(dim=0)
         validation = list(run.advance(layer, "val"))
         self.kv_calls[layer] = validation[0][ATTENTION]
-        trainees = [_initialised(parent, job, importance_I) for job in here]
+        trainees = [_initialised(parent, job, importance) for job in here]
         for trainee in trainees:
             if trainee.last is not None and settings.ridge is not None:
                 _refit(trainee, calibration, settings.ridge)
@@ -156,8 +151,8 @@ class Window:
         learners: dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]] = {}
         for layer in self.layers:
             # A refitted linear variant is at its optimum already; the parent and no_op have nothing to train.
-            closed = self.settings.ridge is not None
-            some = [t for t in self.trainees if t.job.layer == layer and t.last is not None and not (closed and t.job.variant == LINEAR)]
+            finished = (PARENT, NO_OP, *([LINEAR] if self.settings.ridge is not None else []))
+            some = [t for t in self.trainees if t.job.layer == layer and t.job.variant not in finished]
             of_width = [t for t in some if t.job.variant.kind == "w"]
             fused = None
             if len(of_width) > 1 and self.settings.target == "subblock":
@@ -173,10 +168,10 @@ class Window:
     def _each(self) -> list[tuple[int, str, Learner, list[Trainee]]]:
         return [(layer, s, learner, some) for layer, of in self.learners.items() for s, found in of.items() for learner, some in found]
 
-    def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call]) -> list[Tensor]:
+    def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call], compiled: bool = False) -> list[Tensor]:
         """The loss of each variant of `learner` on one batch, against what `bld.target` names."""
         if self.settings.target == "subblock":
-            return _subblock_losses(self.settings.compile)(learner, calls[subblock], self.settings.loss_per)
+            return (_compiled_losses() if compiled else Learner.losses)(learner, calls[subblock], self.settings.loss_per)
         block = calls[BLOCK]
         with swapped(self.run.parent, layer, subblock, learner.module):
             return [normalised_mse(block.replay(self.run.parent.layers[layer]), block.output_BTD, self.settings.loss_per)]
@@ -188,15 +183,18 @@ class Window:
             hidden_BTD = calls[BLOCK].output_BTD
             for subblock, found in self.learners[layer].items():
                 for learner, _ in found:
-                    torch.stack(self._losses(learner, layer, subblock, calls)).sum().backward()
-        for _, _, learner, some in self._each():
-            for index in range(len(some)):
-                gradients = learner.gradients(index)
-                norm = nn.utils.get_total_norm(gradients)
-                for gradient in gradients:
-                    gradient.mul_((self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+                    torch.stack(self._losses(learner, layer, subblock, calls, self.settings.compile)).sum().backward()
+        self._clip()
         self.optimizer.step()
         return hidden_BTD
+
+    def _clip(self) -> None:
+        """Scale each variant's gradient down to the norm `bld.grad_clip`."""
+        gradients = [learner.gradients(index) for _, _, learner, some in self._each() for index in range(len(some))]
+        norms = torch.stack(torch._foreach_norm([gradient for of_one in gradients for gradient in of_one]))
+        totals = torch.stack([part.square().sum() for part in norms.split([len(of_one) for of_one in gradients])]).sqrt()
+        for of_one, scale in zip(gradients, (self.settings.grad_clip / (totals + 1e-6)).clamp(max=1.0), strict=True):
+            torch._foreach_mul_(of_one, scale)
 
     def train(self, batches: list, progress: tqdm) -> dict[Job, dict]:
         """Train on [B, T] token `batches`, write every variant's file; the library rows."""
@@ -339,8 +337,8 @@ class Captured:
 
 
 @functools.cache
-def _subblock_losses(compiled: bool) -> Callable:
-    return torch.compile(Learner.losses, dynamic=False) if compiled else Learner.losses
+def _compiled_losses() -> Callable:
+    return torch.compile(Learner.losses, dynamic=False)
 
 
 def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
@@ -365,16 +363,16 @@ def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
     return row
 
 
-def _initialised(parent: Parent, job: Job, importance_I: Tensor) -> Trainee:
+def _initialised(parent: Parent, job: Job, importance: Tensor) -> Trainee:
     names = parent.family.subblock(job.subblock)
     original = parent.module(job.layer, job.subblock)
     if job.variant == PARENT:
         return Trainee(job, original, init="parent")
     module = build_subblock(parent, job.layer, job.subblock, job.variant)
-    how = surgery.initialise(original, module, names, job.variant, importance_I)
+    how = surgery.initialise(original, module, names, job.variant, importance)
     if job.variant == NO_OP:
         return Trainee(job, module, init=how)
-    return Trainee(job, module.float(), module if job.variant == LINEAR else getattr(module, names.last), init=how)
+    return Trainee(job, module.float(), surgery.last_projection(module, names, job.variant), init=how)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from puzzle_core import surgery
+from puzzle_core.families import FAMILIES, Family
 from puzzle_core.parents import Parent, load_parent
 from puzzle_core.spec import Architecture, Variant
 from puzzle_core.subblocks import build_subblock
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
     "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org",
 }  # fmt: skip
+EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
 PICO_CONFIG = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -34,14 +36,36 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+# What a family needs beside or in place of PICO_CONFIG to have everything that is special about it.
+SMALL_WINDOW = {"sliding_window": 12, "num_hidden_layers": 3}
+PICO_FAMILIES = {
+    "mistral": SMALL_WINDOW,
+    "qwen2": {"num_hidden_layers": 3},
+    "qwen3": {**SMALL_WINDOW, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 24},
+    "gemma2": {**SMALL_WINDOW, "head_dim": 24, "query_pre_attn_scalar": 24},
+    "gemma3_text": {**SMALL_WINDOW, "head_dim": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"pad_token_id": 0},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 32, "num_hidden_layers": 3},
+    "gpt2": {"n_inner": 160, "num_hidden_layers": 3, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_neo": {"num_hidden_layers": 3, "num_layers": 3, "attention_types": [[["local", "global", "local"], 1]], "window_size": 8},
+    "opt": {"num_hidden_layers": 3, "ffn_dim": 160, "pad_token_id": 0},
+}
+
+
 def pico_parent(model_type: str = "llama", **changes) -> Parent:
-    """A random parent whose biases, where its family has them, are not the zeros that transformers starts with."""
-    parent = load_parent("random", config={"model_type": model_type, **PICO_CONFIG, **changes})
+    """A random parent whose biases and norms, where its family has them, are not the constants that transformers starts with."""
+    config = {"model_type": model_type, **PICO_CONFIG, **PICO_FAMILIES.get(model_type, {}), **changes}
+    if FAMILIES.get(model_type, Family()).attention.multi_head:  # neither key means anything there
+        del config["num_key_value_heads"], config["head_dim"]
+    parent = load_parent("random", config=config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in parent.model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.5, generator=generator)
+            elif "norm" in name or "ln_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     return parent
 
 
@@ -56,7 +80,8 @@ def variants(parent: Parent, directory: Path):
 
     def weights_of(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
         module = build_subblock(parent, layer, subblock, variant)
-        importance = torch.rand(160, generator=torch.Generator().manual_seed(layer))
+        size = next(parent.family.whole_size(kind, parent.model.config) for kind in ("w", "e") if kind in parent.family.size_keys)
+        importance = torch.rand(size, generator=torch.Generator().manual_seed(layer))
         names = parent.family.subblock(subblock)
         surgery.initialise(parent.module(layer, subblock), module, names, variant, importance)
         path = directory / f"{layer}-{subblock}-{variant}.safetensors"

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PICO_CONFIG, ROOT, architecture, variants
+from conftest import EXCERPT, PICO_CONFIG, architecture, variants
 from torch import nn
 
 from puzzle_core import bld, costs, evaluation, gkd, learners, scoring, surgery, tables, windows
@@ -16,7 +16,6 @@ from puzzle_core.plan import plan
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
 
-EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 SCORE = scoring.Settings(256, 64, 4, ["kl", "lm_loss"])
 NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))

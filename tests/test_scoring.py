@@ -149,15 +149,15 @@ def test_running_the_parent_in_parts_equals_the_whole_forward(family):
     ids = torch.randint(1, 257, (2, 16))
     hiddens, _ = layer_inputs(parent, ids)
     whole = parent.model(ids).logits
-    hidden = None
-    for layer in range(4):
+    hidden, num_layers = None, len(parent.layers)
+    for layer in range(num_layers):
         hidden = run_layers(parent, ids, hidden, max(layer - 1, 0), layer) if layer else None
         assert hidden is None or torch.equal(hidden, hiddens[layer])
         with start_at(parent, layer, hiddens[layer]):
             torch.testing.assert_close(parent.model(ids, use_cache=False).logits, whole)
         last = last_hidden(parent, ids, hiddens[layer], layer).flatten(0, 1)
         torch.testing.assert_close(head(parent, last), whole.flatten(0, 1))
-    assert torch.equal(last_hidden(parent, ids, run_layers(parent, ids, None, 0, 4), 4).flatten(0, 1), last)
+    assert torch.equal(last_hidden(parent, ids, run_layers(parent, ids, None, 0, num_layers), num_layers).flatten(0, 1), last)
     assert torch.equal(parent.model(ids).logits, whole)  # and nothing is left behind
 
 

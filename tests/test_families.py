@@ -1,0 +1,388 @@
+"""The laws for every family and every operator it has, on pico parents: identity, slicing, round trip, decode, sizes.
+
+`python -m benchmarks.families` runs this file and writes the README's table from it.
+"""
+import contextlib
+import copy
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import EXCERPT, pico_parent, variants
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from puzzle_core import bld, costs, scoring, tables
+from puzzle_core.children import make_child, save_child, verify_reload
+from puzzle_core.corpus import Corpus
+from puzzle_core.families import FAMILIES, SIZED, Family, family_for
+from puzzle_core.modeling_puzzle import GroupedAttention, get_subblock
+from puzzle_core.parents import Parent
+from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
+from puzzle_core.subblocks import build_subblock, num_params, resolve_space, swapped
+from puzzle_core.surgery import initialise, rows
+from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
+
+IDS = torch.randint(1, 257, (2, 16), generator=torch.Generator().manual_seed(0))
+PICO_SIZES = {"kv": 1, "window": 5, "w": 80, "e": 4}
+PARENTS = {name: {"model_type": name} for name in FAMILIES} | {
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama untied": {"tie_word_embeddings": False},
+    "mistral without window": {"model_type": "mistral", "sliding_window": None},
+    "opt as 350m": {"model_type": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "opt bare": {"model_type": "opt", "enable_bias": False, "layer_norm_elementwise_affine": False},
+}
+
+
+@functools.cache
+def parent_of(name: str) -> Parent:
+    return pico_parent(**PARENTS[name])
+
+
+def operators(family: Family) -> list[tuple[str, Variant]]:
+    sized = [(s, Variant(kind, PICO_SIZES[kind])) for s in SUBBLOCKS for kind in SIZED[s] if kind in family.size_keys]
+    return sized + [(s, variant) for s in SUBBLOCKS for variant in (LINEAR, NO_OP)]
+
+
+def cell(name: str, *what: object) -> object:
+    return pytest.param(name, *what, id="-".join(map(str, (name, *what))), marks=pytest.mark.xdist_group(name))
+
+
+FAMILY_OF = {name: FAMILIES[config.get("model_type", "llama")] for name, config in PARENTS.items()}
+every_parent = pytest.mark.parametrize("name", [cell(name) for name in PARENTS])
+every_operator = pytest.mark.parametrize(
+    ("name", "subblock", "variant"), [cell(name, *what) for name, family in FAMILY_OF.items() for what in operators(family)]
+)
+# The parents that are no family's plain one have their operators in one child, to be quick.
+CHILDREN = [(name, *what) for name in FAMILIES for what in operators(FAMILIES[name])] + [(name, "all", "mixed") for name in PARENTS]
+every_child = pytest.mark.parametrize(("name", "subblock", "variant"), [cell(*child) for child in CHILDREN])
+
+
+def architecture_of(name: str, subblock: str, variant: Variant) -> Architecture:
+    """The operator in every layer but layer 1; or all operators in one child, whose layer 0 has no attention."""
+    num_layers = len(parent_of(name).layers)
+    if variant == "mixed":
+        of = {s: [v for at, v in operators(FAMILY_OF[name]) if at == s] for s in SUBBLOCKS}
+        layers = [(NO_OP, of[FFN][0]), (of[ATTENTION][0], NO_OP), (of[ATTENTION][1], LINEAR), (PARENT, PARENT)]
+        return Architecture(tuple(layers[:num_layers]))
+    pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
+    return Architecture(tuple((PARENT, PARENT) if layer == 1 else pair for layer in range(num_layers)))
+
+
+@functools.cache
+def child_of(name: str, subblock: str, variant: Variant):
+    with tempfile.TemporaryDirectory() as directory:
+        return make_child(parent_of(name), architecture_of(name, subblock, variant), variants(parent_of(name), Path(directory)))
+
+
+def calls(parent: Parent, layer: int) -> dict[str, Call]:
+    run = ParentRun(parent, {"test": [IDS]})
+    for before in range(layer):
+        list(run.advance(before, "test"))
+    return next(run.advance(layer, "test"))
+
+
+def made(parent: Parent, layer: int, subblock: str, variant: Variant, importance: torch.Tensor | None = None):
+    module = build_subblock(parent, layer, subblock, variant)
+    initialise(parent.module(layer, subblock), module, parent.family.subblock(subblock), variant, importance)
+    return module
+
+
+@every_parent
+@torch.no_grad()
+def test_the_all_parent_child_is_the_parent_bit_for_bit(name, tmp_path):
+    parent = parent_of(name)
+    child = make_child(parent, Architecture.uniform(len(parent.layers)), variants(parent, tmp_path))
+    assert torch.equal(child(IDS).logits, parent.model(IDS).logits)
+    assert type(child) is type(parent.model) and "per_layer_config" not in child.config.to_dict()
+
+
+def cut_kv(parent: Parent, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+    """All heads of the parent's keys and values made alike: their mean is each of them."""
+    attention, names = parent.module(1, ATTENTION), parent.family.attention
+    size = attention.head_dim
+    for module in dict.fromkeys([attention.get_submodule(names.k), attention.get_submodule(names.v)]):
+        for tensor in rows(module).values():
+            first = rows(attention.get_submodule(names.last))["weight"].shape[1] if names.q == names.k else 0
+            for part in tensor[first:].chunk(2) if names.q == names.k else [tensor]:
+                part.copy_(part[:size].repeat(len(part) // size, *[1] * (part.ndim - 1)))
+    for tensor in [m.weight for m in attention.children() if getattr(m, "weight", torch.zeros(0)).shape == (2 * size,)]:
+        tensor[size:] = tensor[:size]  # olmo2's norm over all heads
+    call = calls(parent, 1)[ATTENTION]
+    return call.replay(made(parent, 1, ATTENTION, variant)), call.output_BTD
+
+
+def cut_w(parent: Parent, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cut channels' columns of the last projection set to 0."""
+    importance = torch.rand(160, generator=torch.Generator().manual_seed(1))
+    narrow = made(parent, 0, FFN, variant, importance)
+    last = parent.module(0, FFN).get_submodule(parent.family.ffn.last)
+    rows(last)["weight"][:, importance.argsort()[: 160 - variant.size]] = 0
+    call = calls(parent, 0)[FFN]
+    return call.replay(narrow), call.output_BTD
+
+
+def cut_e(parent: Parent, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router never picks the cut experts."""
+    importance = torch.rand(8, generator=torch.Generator().manual_seed(1))
+    few, whole = made(parent, 0, FFN, variant, importance), parent.module(0, FFN)
+    hidden = torch.cat([torch.randn(2, 5, 63, generator=torch.Generator().manual_seed(2)), torch.ones(2, 5, 1)], dim=-1)
+    whole.get_submodule(parent.family.ffn.router).weight[importance.argsort()[: 8 - variant.size], -1] = -1e4
+    return few(hidden), whole(hidden)
+
+
+def cut_window(parent: Parent, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is further away than the window is masked."""
+    call, age = calls(parent, 1)[ATTENTION], torch.arange(16)[:, None] - torch.arange(16)[None]
+    mask = torch.zeros(16, 16).masked_fill((age < 0) | (age >= variant.size), torch.finfo(torch.float32).min)[None, None]
+    masked = Call(call.args, {**call.kwargs, "attention_mask": mask}, call.output_BTD)
+    return call.replay(made(parent, 1, ATTENTION, variant)), masked.replay(parent.module(1, ATTENTION))
+
+
+CUT = {"kv": cut_kv, "w": cut_w, "e": cut_e, "window": cut_window}
+
+
+@every_operator
+@torch.no_grad()
+def test_a_variant_does_what_the_parent_does_without_what_was_cut(name, subblock, variant):
+    parent = parent_of(name)
+    if variant.kind in CUT:
+        got, expected = CUT[variant.kind](dataclasses.replace(parent, model=copy.deepcopy(parent.model)), variant)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        return
+    call, module = calls(parent, 0)[subblock], made(parent, 0, subblock, variant)
+    if variant == NO_OP:
+        assert not call.replay(module).any()
+    elif subblock == ATTENTION:  # each token attends to itself: so does the first one in the parent
+        torch.testing.assert_close(call.replay(module)[:, 0], call.output_BTD[:, 0], atol=1e-5, rtol=1e-4)
+    else:
+        assert call.replay(module).shape == call.output_BTD.shape and call.replay(module).any()
+
+
+@every_child
+@torch.no_grad()
+def test_a_child_is_the_parent_with_its_variants_swapped_in(name, subblock, variant):
+    parent, child = parent_of(name), child_of(name, subblock, variant)
+    before, layers = parent.model(IDS, use_cache=False).logits, child.get_submodule(parent.family.layers)
+    with contextlib.ExitStack() as stack:
+        for layer, at, chosen in architecture_of(name, subblock, variant).items():
+            if chosen != PARENT:
+                module = build_subblock(parent, layer, at, chosen)
+                module.load_state_dict(get_subblock(layers[layer], parent.family.subblock(at).modules).state_dict())
+                stack.enter_context(swapped(parent, layer, at, module))
+        torch.testing.assert_close(parent.model(IDS, use_cache=False).logits, child(IDS, use_cache=False).logits)
+    assert torch.equal(parent.model(IDS, use_cache=False).logits, before)  # and nothing is left behind
+
+
+@every_child
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(name, subblock, variant):
+    child = child_of(name, subblock, variant)
+    full = child(IDS, use_cache=False).logits
+    caches = {"made by the model": None, "dynamic without config": DynamicCache()}
+    if parent_of(name).model.config.model_type != "gpt_neo":  # transformers' own cannot read a static cache
+        caches["static"] = StaticCache(config=child.config, max_cache_len=20)
+    for kind, cache in caches.items():
+        out = child(IDS[:, :9], past_key_values=cache, use_cache=True)
+        logits = [out.logits]
+        for start, end in ((9, 10), (10, 11), (11, 14), (14, 15), (15, 16)):
+            logits.append(child(IDS[:, start:end], past_key_values=out.past_key_values, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(logits, 1), full, atol=2e-5, rtol=1e-4, msg=lambda m, k=kind: f"{k} cache: {m}")
+
+
+@every_parent
+@torch.no_grad()
+def test_generate_gives_the_same_tokens_with_a_cache_and_with_padding(name):
+    child = child_of(name, "all", "mixed")
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    uncached = child.generate(IDS[:, :8], use_cache=False, **options)
+    assert torch.equal(child.generate(IDS[:, :8], **options), uncached)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS[:, :8]], 1)
+    assert torch.equal(child.generate(padded, attention_mask=(padded != 0).long(), **options)[:, 3:], uncached)
+
+
+@every_child
+@torch.no_grad()
+def test_a_saved_child_loads_with_the_same_logits(name, subblock, variant, tmp_path):
+    child = child_of(name, subblock, variant)
+    save_child(child, parent_of(name).tokenizer, tmp_path / "child")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=True, output_loading_info=True)
+    assert type(loaded).__module__.startswith("transformers_modules.")  # the file that travels, not this project's
+    assert not any(info.values()), info
+    assert torch.equal(loaded.eval()(IDS).logits, child(IDS).logits)
+
+
+@every_child
+@torch.no_grad()
+def test_sizes_are_those_of_the_modules_and_the_cache(name, subblock, variant):
+    parent, child = parent_of(name), child_of(name, subblock, variant)
+    outside, blocks, kv_bytes = sum(p.numel() for p in parent.model.parameters()), 0, 0
+    for layer, at, chosen in architecture_of(name, subblock, variant).items():
+        original = parent.module(layer, at)
+        module = original if chosen == PARENT else build_subblock(parent, layer, at, chosen)
+        outside -= num_params(parent, layer, at, original)
+        blocks += num_params(parent, layer, at, module)
+        if at == ATTENTION:
+            kv_bytes += kv_bytes_per_token(module, layer, calls(parent, layer)[ATTENTION])
+    assert blocks + outside == sum(p.numel() for p in child.parameters())
+    cache = child(IDS, use_cache=True).past_key_values
+    assert sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers) == kv_bytes * IDS.numel()
+
+
+@torch.no_grad()
+def test_a_copy_of_a_windowed_child_sees_its_own_padding():
+    child = child_of("mistral", "all", "mixed")
+    child(IDS, attention_mask=torch.ones_like(IDS))
+    padded, mask = torch.cat([IDS[:, :3], IDS], dim=1), torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(IDS)], dim=1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = copy.deepcopy(child)(padded, attention_mask=mask, position_ids=position_ids).logits[:, 3:]
+    torch.testing.assert_close(logits, child(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "opt"])
+@torch.no_grad()
+def test_multi_head_families_get_a_cache_that_is_really_smaller(name):
+    parent = parent_of(name)
+    kv_bytes = {
+        str(variant): kv_bytes_per_token(build_subblock(parent, 1, ATTENTION, variant), 1, calls(parent, 1)[ATTENTION])
+        for variant in (Variant("kv", 1), Variant("kv", 2), NO_OP)
+    }
+    assert kv_bytes == {"kv1": 2 * 16 * 4, "kv2": 2 * 2 * 16 * 4, "no_op": 0}
+    assert kv_bytes_per_token(parent.module(1, ATTENTION), 1, calls(parent, 1)[ATTENTION]) == 4 * 2 * 16 * 4
+
+
+@torch.no_grad()
+def test_our_attention_with_all_heads_is_the_family_s_own():
+    for name in ("gpt2", "gpt_neo", "opt"):
+        parent = parent_of(name)
+        for layer in range(3):
+            original, names = parent.module(layer, ATTENTION), parent.family.attention
+            ours = GroupedAttention(original, parent.model.config, 4, [names.q, names.k, names.v, names.last], layer)
+            for ours_now, theirs in zip(ours.parameters(), original.parameters(), strict=True):
+                assert ours_now.shape == theirs.shape
+            ours.load_state_dict(original.state_dict())
+            call = calls(parent, layer)[ATTENTION]
+            if getattr(original, "attention_type", "") != "local":  # whose window is a mask, see the window variants
+                torch.testing.assert_close(call.replay(ours.eval()), call.output_BTD, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_children_of_a_fused_multi_head_parent_load_where_the_project_is_not(tmp_path):
+    save_child(child_of("gpt2", "all", "mixed"), parent_of("gpt2").tokenizer, tmp_path / "child")
+    verify_reload(child_of("gpt2", "all", "mixed"), tmp_path / "child", IDS)
+
+
+def test_a_llama_like_family_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "granite", Family())  # the one line
+    monkeypatch.setitem(PARENTS, "granite", {"model_type": "granite"})
+    monkeypatch.setitem(FAMILY_OF, "granite", Family())
+    test_the_all_parent_child_is_the_parent_bit_for_bit("granite", tmp_path)
+    for what in operators(Family()):
+        test_a_variant_does_what_the_parent_does_without_what_was_cut("granite", *what)
+    for what in [*operators(Family()), ("all", "mixed")]:
+        test_a_child_is_the_parent_with_its_variants_swapped_in("granite", *what)
+        test_cached_decoding_equals_the_full_forward("granite", *what)
+        test_a_saved_child_loads_with_the_same_logits("granite", *what, tmp_path)
+        test_sizes_are_those_of_the_modules_and_the_cache("granite", *what)
+
+
+@pytest.mark.parametrize(
+    ("name", "subblock", "text", "complaint"),
+    [
+        ("llama", ATTENTION, "window8", "'window8' is not a variant of attention in llama parents; known kinds: kv, linear"),
+        ("opt", ATTENTION, "window50%", "'window50%' is not a variant of attention in opt parents"),
+        ("llama", FFN, "e4", "'e4' is not a variant of ffn in llama parents; known kinds: w, linear"),
+        ("qwen3_moe", FFN, "w64", "'w64' is not a variant of ffn in qwen3_moe parents; known kinds: e, linear"),
+        ("qwen3_moe", FFN, "e1", "num_experts is 8; expected between 2 and 7"),
+        ("mistral", ATTENTION, "window12", "sliding_window is 12; expected between 2 and 11"),
+        ("qwen2", ATTENTION, "window1", "sliding_window is 512; expected between 2 and 511"),
+        ("gpt2", ATTENTION, "kv3", r"num_key_value_heads is 4; expected one of \[1, 2\]"),
+    ],
+)
+def test_a_variant_that_the_family_cannot_have_is_refused(name, subblock, text, complaint):
+    parent = parent_of(name)
+    with pytest.raises(ValueError, match=complaint):
+        resolve_space({ATTENTION: [], FFN: [], subblock: [text]}, parent.model.config, parent.family)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "ffn"),
+    [("qwen3_moe", ["kv1", "window256"], ["e4", "e2"]), ("gpt_neo", ["kv2", "window4"], ["w96", "w32"]), ("gpt2", ["kv2"], ["w96", "w32"])],
+)
+def test_shares_become_sizes_of_every_kind(name, attention, ffn):
+    parent, kind = parent_of(name), ffn[0][0]
+    window = ["window50%"] if "window" in parent.family.size_keys else []
+    space = {ATTENTION: ["kv50%", *window], FFN: [f"{kind}55%", f"{kind}10%", f"{kind}100%"]}
+    resolved = resolve_space(space, parent.model.config, parent.family)
+    assert [*map(str, resolved[ATTENTION])] == ["parent", *attention] and [*map(str, resolved[FFN])] == ["parent", *ffn]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "complaint"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"qwen3_moe parents with mlp_only_layers=\[1\] are not supported"),
+        ("gpt2", {"add_cross_attention": True}, "gpt2 parents with add_cross_attention=True are not supported"),
+    ],
+)
+def test_a_layout_that_the_family_does_not_cover_is_refused(model_type, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        pico_parent(model_type, **changes)
+
+
+def test_norms_on_the_residual_stream_stay_where_a_subblock_is_skipped():
+    assert family_for(parent_of("opt as 350m").model.config).ffn.norms == ()
+    child = child_of("opt as 350m", FFN, NO_OP)
+    assert isinstance(child.model.decoder.layers[0].final_layer_norm, torch.nn.LayerNorm)
+    assert isinstance(child_of("opt", FFN, NO_OP).model.decoder.layers[0].final_layer_norm, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "opt", "mistral", "qwen3_moe"])
+def test_costs_count_what_the_cache_keeps(name):
+    parent = parent_of(name)
+    space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
+    table = costs.profile(parent, space, Scenario(1, 14, 2), repeats=1, warmup=0, decode_steps=1)
+    kv_bytes = table.query("subblock == 'attention' and metric == 'kv_bytes_per_token'").set_index("variant").value
+    heads = {"gpt_neo": 4, "opt": 4}.get(name, 2)
+    whole = 2 * heads * 16 * 4
+    kept = 11 / 16 if name == "mistral" else 1  # of 16 tokens, by a parent whose own window is 12
+    assert kv_bytes["parent"] == whole * kept and kv_bytes["linear"] == kv_bytes["no_op"] == 0
+    local = {"gpt_neo": (2 * 7 / 16 + 1) / 3}.get(name, kept)  # two of three layers of ours with the window of 8
+    assert kv_bytes["kv1"] == pytest.approx(whole / heads * local, abs=1)
+    assert kv_bytes.get("window5", whole / 4) == whole / 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo", "qwen3_moe", "gemma3_text"])
+def test_bld_refits_trains_and_scoring_scores_every_operator(name, tmp_path):
+    parent, last_layer = parent_of(name), 2
+    corpus = Corpus(parent.tokenizer, EXCERPT)
+    made = {}
+    for ridge in (None, [0.01]):
+        settings = bld.Settings(32, 2, 256, 64, 128, ridge, 1e-3, 0.0, 0.0, 1.0)
+        space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
+        jobs = [job for job in bld.jobs(parent, space, settings, 0, corpus) if job.layer == last_layer]
+        table, _ = bld.train_library(parent, jobs, corpus, settings, 0, tmp_path / str(ridge))
+        made[str(ridge)] = table.set_index(["subblock", "variant"])
+    bare, fitted = made["None"], made["[0.01]"]
+    refitted = fitted.init.str.contains("ridge")
+    assert set(fitted.index[~refitted].get_level_values("variant")) <= {"no_op", "e4"} and refitted.sum() >= 3
+    for what in ((ATTENTION, "kv1"), (ATTENTION, "linear"), (FFN, "linear")):
+        assert fitted.loss_before[what] < bare.loss_before[what]
+    trained = bare[bare.index.get_level_values("variant") != "no_op"]
+    assert (trained.num_tokens == 64).all() and (trained.loss_after <= trained.loss_before).all()
+    assert set(trained.outcome) <= {"trained", "rolled back"} and "trained" in set(trained.outcome)
+
+    settings, blocks = scoring.Settings(64, 32, 2, ["kl", "lm_loss"]), tmp_path / str(ridge)
+    empty = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
+    scores, _ = scoring.score_library(parent, table, blocks, corpus, settings, empty, lambda rows: None)
+    scores = tables.check("scores", scores).set_index(["subblock", "variant", "metric"]).value
+    ids = torch.as_tensor(corpus.batches("validation", 64, 32, 2, seed="score")[0])
+    for subblock, variant in ((ATTENTION, Variant("kv", 1)), (FFN, LINEAR)):
+        pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
+        child = make_child(parent, Architecture(((PARENT, PARENT),) * last_layer + (pair,)), tables.variant_files(table, blocks))
+        with torch.no_grad():
+            p, c = (model(ids).logits.log_softmax(-1) for model in (parent.model, child))
+        kl = (p.exp() * (p - c)).sum() / ids.numel()
+        assert scores[subblock, str(variant), "kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
