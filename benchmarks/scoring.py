@@ -131,7 +131,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device, rate: 
             floor = floor_of(parent, layer, subblock, module, num_tokens, options.seq_len, len(batches))
             difference = max(abs(ours["kl"] / kl - 1), abs((ours["lm_loss"] + parent_loss) / loss - 1))
             rows.append({"layer": layer, "subblock": subblock, "variant": variant, "kl": ours["kl"], "difference": difference, **floor})
-    # Every layer that is skipped by the sample is climbed too, and the parent runs once: both belong to scoring.
+    # Climbing is part of scoring, layers that the sample leaves out too. The parent's own pass is not: either way needs one.
     ours, flops = sum(scoring_s) + sum(climb_s), sum(row["flops"] for row in rows)
     moved = sum(row["bytes"] for row in rows)
     figures = {
@@ -140,7 +140,6 @@ def measure(name: str, options: argparse.Namespace, device: torch.device, rate: 
         "floor_s": flops / rate, "floor_bytes_s": moved / bandwidth, "utilisation": flops / rate / ours,
         "prepare_s": prepare_s, "climb_s": sum(climb_s), "median_kl": statistics.median(r["kl"] for r in rows),
         "flops": flops, "bytes": moved,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
     return figures, rows
 
