@@ -52,7 +52,7 @@ class Ranks:
     def gather(self, rows: list) -> list:
         """The rows of all ranks, rank by rank, on every rank; waits for the slowest.
 
-        Raises RuntimeError where another rank has stopped.
+        Raises ConnectionError where another rank has stopped.
         """
         if self.world_size == 1:
             return rows
@@ -60,7 +60,7 @@ class Ranks:
         try:
             dist.all_gather_object(parts, rows)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"rank {self.rank} of {self.world_size} lost another rank, whose own message says why. "
                 "Run the same command again: what was finished is kept."
             ) from error

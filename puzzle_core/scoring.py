@@ -25,7 +25,7 @@ from puzzle_core.questions import read_questions
 from puzzle_core.ranks import ALONE, Ranks
 from puzzle_core.spec import PARENT, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
-from puzzle_core.trace import last_hidden, run_layers
+from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 
 VERSION = 1  # raise when a change here, or in a module below, changes what a score is
 # metric: (which text it is measured on, what is measured for each of its tokens)
@@ -101,7 +101,7 @@ class Scorer:
     def sums(self, replacements: list[Mapping[str, nn.Module]]) -> list[Tensor]:
         """For each test what its `values` are made of, [K, ...] for K `replacements` (subblock: module) at this layer.
 
-        Nothing here waits for a GPU.
+        The results stay on the device: nothing here waits for them.
         """
         return [
             sum(test.measure(i, self._last_hidden(ids, inputs[i], replacements)) for i, ids in enumerate(test.batches))
@@ -110,12 +110,13 @@ class Scorer:
 
     def _last_hidden(self, input_ids_BT: Tensor, hidden_BTD: Tensor | None, replacements: list[Mapping[str, nn.Module]]) -> Tensor:
         """The last hidden states of the parent with each of `replacements`, all through the layers above at once: [K, B, T, D]."""
+        args, kwargs = layer_call(self.parent, input_ids_BT, hidden_BTD, self.layer)  # once: making a mask waits for the GPU
         outputs = []
         for modules in replacements:
             with contextlib.ExitStack() as stack:
                 for subblock, module in modules.items():
                     stack.enter_context(swapped(self.parent, self.layer, subblock, module))
-                outputs.append(run_layers(self.parent, input_ids_BT, hidden_BTD, self.layer, self.layer + 1))
+                outputs.append(first(self.parent.layers[self.layer](*args, **kwargs)))
         num, (num_rows, _) = len(outputs), input_ids_BT.shape
         stacked = last_hidden(self.parent, input_ids_BT.repeat(num, 1), torch.cat(outputs), self.layer + 1)
         return stacked.unflatten(0, (num, num_rows))

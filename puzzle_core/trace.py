@@ -101,6 +101,26 @@ def run_layers(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None, 
 
 
 @torch.no_grad()
+def layer_call(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None, layer: int) -> tuple[tuple, dict]:
+    """The arguments that the model's own forward calls `layer` with when `hidden_BTD` enters it; the layer is not run."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def enter(module, args, kwargs):
+        calls.append((args, kwargs))
+        raise _Stop
+
+    handle = parent.layers[layer].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with start_at(parent, layer, hidden_BTD):
+            parent.model.base_model(input_ids=input_ids_BT, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+@torch.no_grad()
 def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None = None, start: int = 0) -> Tensor:
     """What the LM head sees when `hidden_BTD` enters layer `start`: [B, T, D], after the final norm."""
     with start_at(parent, start, hidden_BTD):

@@ -61,7 +61,7 @@ def test_rows_of_all_ranks_come_together_on_each(tmp_path):
 def lose_one(mine: ranks.Ranks, folder) -> None:
     if not mine.first:
         os._exit(0)
-    with pytest.raises(RuntimeError, match="rank 0 of 2 lost another rank.*Run the same command again"):
+    with pytest.raises(ConnectionError, match="rank 0 of 2 lost another rank.*Run the same command again"):
         mine.wait()
     (folder / "noticed").touch()
 

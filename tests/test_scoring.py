@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from test_ranks import in_two_processes
 from torch import nn
 
+from benchmarks import machine
+from benchmarks import scoring as benchmark
 from puzzle_core import evaluation, ranks, scoring, tables
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
@@ -267,3 +269,16 @@ def test_of_a_long_prompt_the_end_is_kept(pico):
     assert len(choice.input_ids) == 10 and choice.start == 7 and pico.tokenizer.decode(choice.input_ids) == "aaaaaaa bb"
     (choice, _) = tokenize([Question("a\n", ("bb", "cc"), 0)], pico.tokenizer, 10)
     assert pico.tokenizer.decode(choice.input_ids) == "a\nbb" and choice.start == 1
+
+
+def test_the_benchmark_scores_as_full_forward_passes_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "matmul_flops_per_s", lambda device, dtype: 1e11)  # slow to measure, and not what is tested
+    arguments = ["--parents", "pico", "--dtype", "float32", "--tokens", "256", "--seq-len", "32", "--batch-size", "4", "--layers", "2"]
+    for memory in ([], ["--memory-gib", "0.0005"]):
+        (figures,) = benchmark.main([*arguments, "--at-once", "3", "--head-tokens", "50", *memory])
+        assert figures["variants"] == 2 * 7 and 0 < figures["difference"] < 1e-3 and figures["median_kl"] > 0
+        assert figures["times_plain"] > 0 and figures["flops"] > figures["num_tokens"] * 14 * 2 * 64 * 320  # the head alone
+    written = json.loads((tmp_path / "docs/results/scoring.json").read_text())
+    assert written["figures"]["geometries"] == [figures] and {"machine", "versions", "command"} <= set(written)
+    assert "TFLOP/s" in capsys.readouterr().out
