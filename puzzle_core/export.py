@@ -38,8 +38,8 @@ class SavedChild:
         family = family_of(content["model_type"])
         plain = {key: value for key, value in content.items() if key not in _OURS}
         config = CONFIG_MAPPING[content["model_type"]].from_dict(plain)
-        overrides = content.get("per_layer_config") or {}
-        layers = [_pair(int(index), overrides.get(str(index), {}), family) for index in range(config.num_hidden_layers)]
+        overrides = {int(layer): entry for layer, entry in (content.get("per_layer_config") or {}).items()}  # written as "02"
+        layers = [_pair(layer, overrides.get(layer, {}), family) for layer in range(config.num_hidden_layers)]
         return cls(path, config, Architecture(tuple(layers)))
 
     def kv_heads(self, layer: int) -> int:

@@ -116,6 +116,13 @@ def test_llama_cpp_agrees_for_every_family_it_has(name, layers, tmp_path):
     assert_agrees(child, tmp_path / "child.gguf", tolerance=2e-4, num_tokens=3)
 
 
+def test_more_layers_than_one_digit_counts(tmp_path):
+    child, export = saved(tmp_path, (P, P, *MIXED[1:], P, P, P, P, "no_op w48", "kv1 parent", P), num_hidden_layers=12)
+    assert export.architecture.layers[10] == (Variant("kv", 1), PARENT) and export.architecture.layers[2] == (NO_OP, Variant("w", 80))
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=5e-4, num_tokens=2)
+
+
 def test_qwen3_exports_where_its_layers_are_alike(tmp_path):
     child, export = saved(tmp_path, ("kv1 w80",) * 4, model_type="qwen3")
     export_gguf.write(export, tmp_path / "child.gguf", "float32")
