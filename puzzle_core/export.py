@@ -3,7 +3,6 @@
 Nothing of the checkpoint is executed and no model is built: config.json says which subblocks there are, safetensors which
 weights.
 """
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,11 +82,7 @@ class SavedChild:
         with safetensors.safe_open(self.files[name], "pt") as tensors:
             return tensors.get_tensor(name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.files:
-            yield name, self.tensor(name)
-
-    def refuse_what_no_target_form_has(self, target: str, more: list[str]) -> None:
+    def refuse_for(self, target: str, more: list[str]) -> None:
         """ValueError that names every layer, subblock and variant that `target` cannot express, and `more` reasons."""
         reasons = [
             f"layer {layer} {subblock} {variant} ({reason})"

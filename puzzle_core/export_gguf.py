@@ -57,7 +57,7 @@ def write(child: SavedChild, path: Path, dtype: str) -> None:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
-    child.refuse_what_no_target_form_has(TARGET, _reasons(child))
+    child.refuse_for(TARGET, _reasons(child))
     architecture = FAMILIES[child.config.model_type].architecture if child.is_uniform else DECI
     weights, file_type = DTYPES[dtype]
     entries = _entries(child, architecture, weights)

@@ -42,7 +42,7 @@ def write(child: SavedChild, path: Path, dtype: str) -> None:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
-    child.refuse_what_no_target_form_has(TARGET, _reasons(child))
+    child.refuse_for(TARGET, _reasons(child))
     with atomic(path) as part:
         part.mkdir()
         for file in sorted(set(child.files.values())):
