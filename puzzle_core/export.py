@@ -84,11 +84,11 @@ class SavedChild:
 
     def refuse_for(self, target: str, more: list[str]) -> None:
         """ValueError that names every layer, subblock and variant that `target` cannot express, and `more` reasons."""
-        reasons = [
-            f"layer {layer} {subblock} {variant} ({reason})"
-            for layer, subblock, variant in self.architecture.items()
-            if (reason := why_not(target, layer, subblock, variant))
-        ]
+        layers_of: dict[str, list[str]] = {}
+        for layer, subblock, variant in self.architecture.items():
+            if reason := why_not(target, layer, subblock, variant):
+                layers_of.setdefault(f"{subblock} {variant} ({reason})", []).append(str(layer))
+        reasons = [f"layer {', '.join(layers)} {what}" for what, layers in layers_of.items()]
         if reasons + more:
             raise ValueError(
                 f"{self.path} cannot be exported to {target}: {'; '.join(reasons + more)}. Nothing was written. "

@@ -188,7 +188,8 @@ def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(name, tmp_path)
 
 REFUSED_BY_GGUF = {
     "linear": ((P, "linear linear", P, P), {}, ("layer 1 attention linear", "layer 1 ffn linear")),
-    "no attention in layer 0": (("no_op parent", P, P, P), {}, ("layer 0 attention no_op",)),
+    "linear in several layers": ((P, "parent linear", P, "kv1 linear"), {}, ("layer 1, 3 ffn linear",)),
+    "no attention in layer 0": (("no_op parent", P, "no_op parent", P), {}, ("layer 0 attention no_op",)),
     "qwen3 with layers that differ": (MIXED, {"model_type": "qwen3"}, ("family qwen3 with layers that differ",)),
     "a sliding window": ((P,) * 4, {"model_type": "mistral", "sliding_window": 16}, ("sliding_window 16",)),
     "another activation": ((P,) * 4, {"hidden_act": "gelu"}, ("hidden_act gelu",)),
