@@ -41,9 +41,12 @@ def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
     return keys
 
 
-def declared(cfg: DictConfig, stage: str) -> DictConfig:
-    """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale."""
-    view = OmegaConf.masked_copy(cfg, ["data", "out", *declared_keys(stage)])
+def declared(cfg: DictConfig, stage: str, command: tuple[str, ...] = ()) -> DictConfig:
+    """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale.
+
+    A command is no stage and names its keys itself.
+    """
+    view = OmegaConf.masked_copy(cfg, ["data", "out", *(command or declared_keys(stage))])
     OmegaConf.set_struct(view, True)
     OmegaConf.set_readonly(view, True)
     return view
@@ -68,14 +71,17 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     return target(**{**values, **more})
 
 
-def stage(name: str) -> Callable:
-    """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1."""
+def stage(name: str, command: tuple[str, ...] = ()) -> Callable:
+    """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1.
+
+    A `command` that DVC does not run has its keys, which it names here, in conf/NAME.yaml.
+    """
 
     def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> object:
             try:
-                return run(declared(cfg, name))
+                return run(declared(cfg, name, command))
             except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
                 if cfg.get("debug"):
                     raise
@@ -83,6 +89,6 @@ def stage(name: str) -> Callable:
                 raise SystemExit(1) from error
 
         register_params()
-        return hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)
+        return hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name if command else "config")(job)
 
     return decorate

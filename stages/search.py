@@ -1,7 +1,7 @@
 """Choose one variant per layer and subblock: the least total score within the constraints. Tables in, solution out."""
 from pathlib import Path
 
-from puzzle_core import plots, search, tables
+from puzzle_core import plots, search, tables, targets
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
 from puzzle_core.spec import Scenario
@@ -11,6 +11,7 @@ from puzzle_core.spec import Scenario
 def run(cfg):
     data, out = Path(cfg.data), Path(cfg.out)
     scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
+    scores = targets.expressible(scores, cfg.search.export_target)
     problem = search.Problem.from_tables(scores, costs, cfg.search.metric, str(fill(Scenario, cfg.workload)))
     constraints = search.constraints_from(plain(cfg.constraints), problem)
     solution = search.solve(problem, constraints, cfg.search.time_limit_s)

@@ -50,6 +50,13 @@ def test_a_stage_sees_only_what_it_declares(name):
         view.out = "elsewhere"
 
 
+def test_a_command_sees_only_the_keys_it_names():
+    view = declared(composed(), "export", command=("seed",))
+    assert set(view) == {"seed", "out", "data"}
+    with pytest.raises(OmegaConfBaseException):
+        _ = view.search
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_the_modules_it_imports(name):
     graph = grimp.build_graph("puzzle_core", "stages")

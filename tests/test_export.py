@@ -1,0 +1,410 @@
+"""What serving engines get: llama.cpp computes what the checkpoint computes, nemotron-nas reads back, refusals come by name."""
+import json
+
+import gguf
+import pytest
+import torch
+import xllamacpp
+from conftest import ROOT, architecture, pico_parent, stage, variants
+from safetensors import safe_open
+from test_search import SCENARIO, make_tables
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from puzzle_core import export_gguf, modeling_puzzle, nemotron
+from puzzle_core.children import make_child, save_child
+from puzzle_core.export import SavedChild
+from puzzle_core.search import Problem, constraints_from, solve
+from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Variant
+from puzzle_core.targets import TARGETS, expressible, target_named, why_not
+from puzzle_core.tokens_gguf import PRE_TOKENIZERS
+
+P = "parent parent"
+PROMPT = list(range(40, 60))
+TEXT = "The  layer's 12345 heads -- don't\n\n  skip naïve 汉字?\tx=3.14,  ok  "
+MIXED = (P, "no_op w80", "kv1 no_op", "parent w48")
+ARCHITECTURES = {
+    "the parent": (P,) * 4,
+    "fewer heads and channels everywhere": ("kv1 w80",) * 4,
+    "heads and widths that differ": ("kv1 parent", "parent w80", P, "kv1 w48"),
+    "skipped attention": (P, "no_op parent", "no_op w64", P),
+    "skipped FFN": ("parent no_op", P, "kv1 no_op", P),
+    "a skipped layer": (P, "no_op no_op", P, P),
+    "a skipped last layer": (P, P, P, "no_op no_op"),
+    "a last layer without FFN": (P, P, "no_op w80", "kv1 no_op"),
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+PARENTS = {
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama untied": {"tie_word_embeddings": False},
+    "llama with small heads": {"head_dim": 16},
+    "llama with Llama 3's rope": {"rope_parameters": LLAMA3},
+    "llama with linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "head_dim": 16},
+}
+
+
+def bpe(pre_tokenizer=None, **options) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer that was really trained."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def saved(path, layers, tokenizer=None, **changes):
+    """A child and its checkpoint in `path`."""
+    parent = pico_parent(**{"head_dim": 32, **changes})
+    child = make_child(parent, architecture(*layers), variants(parent, path))
+    save_child(child, tokenizer or bpe(), path / "child")
+    return child, SavedChild.read(path / "child")
+
+
+class LlamaCpp:
+    """llama.cpp with one GGUF file: log-probabilities of the next token."""
+
+    def __init__(self, path, precise=True):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(path), 256, 1
+        params.warmup, params.verbosity, params.cpuparams.n_threads = False, 0, 1
+        if precise:  # the KV cache and the fused attention work in float16 otherwise
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self.server = xllamacpp.Server(params)
+
+    def next(self, prompt: list[int] | str, vocab_size=320) -> torch.Tensor:
+        """[V]; the model's own, whatever token is taken: one of plain text, as others can leave the answer empty."""
+        answer = self.server.handle_completions(
+            {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocab_size, "logit_bias": [[66, 1000]]}
+        )
+        (token,) = answer["choices"][0]["logprobs"]["content"]
+        logprobs = torch.full((vocab_size,), float("nan"))
+        for entry in token["top_logprobs"]:
+            logprobs[entry["id"]] = entry["logprob"]
+        return logprobs
+
+
+@torch.no_grad()
+def assert_agrees(child, path, tolerance: float, num_tokens=6, **how) -> None:
+    """Greedy continuations are the same, and so is every log-probability on the way."""
+    llama_cpp, ids = LlamaCpp(path, **how), list(PROMPT)
+    for _ in range(num_tokens):
+        expected = child(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+        found = llama_cpp.next(ids)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+        assert found.argmax() == expected.argmax()
+        ids.append(int(found.argmax()))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_llama_cpp_computes_what_the_checkpoint_computes(name, tmp_path):
+    child, export = saved(tmp_path, ARCHITECTURES[name])
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=2e-4)
+
+
+@pytest.mark.parametrize("layers", [(P,) * 4, MIXED], ids=["alike", "mixed"])
+@pytest.mark.parametrize("name", PARENTS)
+def test_llama_cpp_agrees_for_every_family_it_has(name, layers, tmp_path):
+    child, export = saved(tmp_path, layers, **PARENTS[name])
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=2e-4, num_tokens=3)
+
+
+def test_more_layers_than_one_digit_counts(tmp_path):
+    child, export = saved(tmp_path, (P, P, *MIXED[1:], P, P, P, P, "no_op w48", "kv1 parent", P), num_hidden_layers=12)
+    assert export.architecture.layers[10] == (Variant("kv", 1), PARENT) and export.architecture.layers[2] == (NO_OP, Variant("w", 80))
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=5e-4, num_tokens=2)
+
+
+def test_qwen3_exports_where_its_layers_are_alike(tmp_path):
+    child, export = saved(tmp_path, ("kv1 w80",) * 4, model_type="qwen3")
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=2e-4)
+
+
+def test_float16_agrees_within_its_precision(tmp_path):
+    child, export = saved(tmp_path, MIXED)
+    export_gguf.write(export, tmp_path / "child.gguf", "float16")
+    assert_agrees(child, tmp_path / "child.gguf", tolerance=0.02, precise=False)
+
+
+@torch.no_grad()
+def test_without_the_zero_ffn_llama_cpp_would_lose_the_attention(tmp_path, monkeypatch):
+    child, export = saved(tmp_path, ("parent no_op", P, P, P))
+    monkeypatch.setattr(export_gguf, "_width", SavedChild.width)
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    expected = child(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    assert (LlamaCpp(tmp_path / "child.gguf").next(PROMPT) - expected).abs().max() > 0.1
+
+
+def test_the_file_has_the_sizes_and_parameters_of_the_child(tmp_path):
+    child, export = saved(tmp_path, MIXED)
+    export_gguf.write(export, tmp_path / "child.gguf", "float16")
+    file = gguf.GGUFReader(tmp_path / "child.gguf")
+    field = {key: value.contents() for key, value in file.fields.items()}
+    stand_in = 3 * 64 * export_gguf.ZERO_CHANNELS + 64  # layer 2 has attention and no FFN
+    assert sum(tensor.n_elements for tensor in file.tensors) - stand_in == sum(p.numel() for p in child.parameters())
+    assert field["general.architecture"] == "deci"
+    assert field["deci.attention.head_count"] == [4, 0, 4, 4] and field["deci.attention.head_count_kv"] == [2, 0, 1, 2]
+    assert field["deci.feed_forward_length"] == [160, 80, export_gguf.ZERO_CHANNELS, 48]
+
+
+def test_layers_that_are_alike_get_the_familys_own_architecture(tmp_path):
+    _, export = saved(tmp_path, ("kv1 w80",) * 4)
+    export_gguf.write(export, tmp_path / "child.gguf", "float16")
+    field = {key: value.contents() for key, value in gguf.GGUFReader(tmp_path / "child.gguf").fields.items()}
+    assert (field["general.architecture"], field["llama.feed_forward_length"], field["llama.attention.head_count_kv"]) == ("llama", 80, 1)
+
+
+def of_name(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits as the one which llama.cpp calls `name`."""
+    ((steps, ignore_merges),) = [(steps, ignores) for steps, (known, ignores) in PRE_TOKENIZERS.items() if known == name]
+    make = {
+        "ByteLevel": lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex),
+        "Digits": lambda individual: pre_tokenizers.Digits(individual_digits=individual),
+        "Split": lambda regex: pre_tokenizers.Split(Regex(regex), "isolated"),
+    }
+    return bpe(pre_tokenizers.Sequence([make[kind](argument) for kind, argument in steps]), ignore_merges=ignore_merges)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PRE_TOKENIZERS.values()])
+def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(name, tmp_path):
+    tokenizer = of_name(name)
+    _, export = saved(tmp_path, (P,) * 4, tokenizer)
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    llama_cpp = LlamaCpp(tmp_path / "child.gguf")
+    ids = tokenizer(TEXT).input_ids
+    assert tokenizer.decode(ids) == TEXT and len(ids) < len(TEXT.encode())
+    for text in (TEXT, TEXT[:30], "a<eos>b 12 34"):
+        torch.testing.assert_close(llama_cpp.next(text), llama_cpp.next(tokenizer(text).input_ids), atol=1e-4, rtol=0)
+
+
+REFUSED_BY_GGUF = {
+    "linear": ((P, "linear linear", P, P), {}, ("layer 1 attention linear", "layer 1 ffn linear")),
+    "linear in several layers": ((P, "parent linear", P, "kv1 linear"), {}, ("layer 1, 3 ffn linear",)),
+    "no attention in layer 0": (("no_op parent", P, "no_op parent", P), {}, ("layer 0 attention no_op",)),
+    "qwen3 with layers that differ": (MIXED, {"model_type": "qwen3"}, ("family qwen3 with layers that differ",)),
+    "a sliding window": ((P,) * 4, {"model_type": "mistral", "sliding_window": 16}, ("sliding_window 16",)),
+    "another activation": ((P,) * 4, {"hidden_act": "gelu"}, ("hidden_act gelu",)),
+    "another rope": ((P,) * 4, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, ("rope_type yarn",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_GGUF)
+def test_what_llama_cpp_has_no_form_for_is_refused_by_name(name, tmp_path):
+    layers, changes, words = REFUSED_BY_GGUF[name]
+    _, export = saved(tmp_path, layers, **changes)
+    with pytest.raises(ValueError, match="cannot be exported to gguf") as raised:
+        export_gguf.write(export, tmp_path / "out" / "child.gguf", "float16")
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_refused_and_leaves_no_file(pico, tmp_path):
+    _, export = saved(tmp_path, (P,) * 4, pico.tokenizer)
+    with pytest.raises(ValueError, match="BPE with 0 merges.*What can: byte-level BPE with merges.*gpt-2, smollm"):
+        export_gguf.write(export, tmp_path / "out" / "child.gguf", "float16")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_that_float16_cannot_hold_are_refused_and_leave_no_file(tmp_path):
+    parent = pico_parent(intermediate_size=512)
+    with torch.no_grad():
+        parent.model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    save_child(parent.model, bpe(), tmp_path / "child")
+    for write in (export_gguf.write, nemotron.write):
+        with pytest.raises(ValueError, match="float16 cannot hold|cannot hold.*float16"):
+            write(SavedChild.read(tmp_path / "child"), tmp_path / "out" / "child", "float16")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_that_nothing_can_read_says_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        SavedChild.read(tmp_path)
+    _, export = saved(tmp_path, MIXED)
+    config = json.loads((export.path / "config.json").read_text())
+    config["per_layer_config"]["1"]["window"] = 128
+    (export.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="layer 1: per_layer_config has window: 128"):
+        SavedChild.read(export.path)
+
+
+WIDE = ("parent w256", "kv1 no_op", "no_op parent", "no_op no_op")
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A parent whose FFN width engines can have, and a child of it with its checkpoint."""
+    parent = pico_parent(intermediate_size=512)
+    child = make_child(parent, architecture(*WIDE), wide_variants(parent, tmp_path))
+    save_child(child, parent.tokenizer, tmp_path / "child")
+    return parent, child, SavedChild.read(tmp_path / "child")
+
+
+def wide_variants(parent, directory):
+    """Random weights of the right shapes."""
+    from safetensors.torch import save_file
+
+    from puzzle_core.subblocks import build_subblock
+
+    def weights_of(layer, subblock, variant):
+        module = build_subblock(parent, layer, subblock, variant)
+        generator = torch.Generator().manual_seed(layer)
+        path = directory / f"{layer}-{subblock}.safetensors"
+        save_file({name: torch.randn(p.shape, generator=generator) / 8 for name, p in module.named_parameters()}, path)
+        return path, ""
+
+    return weights_of
+
+
+@torch.no_grad()
+def test_a_nemotron_nas_export_reads_back_as_the_same_child(wide, tmp_path):
+    parent, child, export = wide
+    nemotron.write(export, tmp_path / "out", "float32")
+    config = tmp_path / "out" / "config.json"
+    again = nemotron.read_architecture(config)
+    assert again == export.architecture == architecture(*WIDE)
+    assert nemotron.num_params(config) == sum(p.numel() for p in child.parameters())
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert nemotron.num_params(config) == sum(tensor.numel() for tensor in weights.values())  # tied: no lm_head
+    rebuilt = make_child(parent, again, wide_variants(parent, tmp_path))
+    for parameter in rebuilt.parameters():
+        parameter.zero_()
+    assert not rebuilt.load_state_dict(weights, strict=False).unexpected_keys
+    assert isinstance(rebuilt.model.layers[2].self_attn, modeling_puzzle.NoOpAttention)
+    ids = torch.tensor([PROMPT])
+    assert torch.equal(rebuilt(ids).logits, child(ids).logits)
+
+
+def test_engines_read_block_configs_by_attribute(wide, tmp_path):
+    nemotron.write(wide[2], tmp_path / "out", "bfloat16")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    first, second, third, last = config.block_configs
+    assert config.model_type == "nemotron-nas" and config.architectures == ["DeciLMForCausalLM"]
+    assert (first.attention.n_heads_in_group, second.attention.n_heads_in_group) == (2, 4)
+    assert [block.attention.no_op for block in config.block_configs] == [False, False, True, True]
+    assert [block.ffn.no_op for block in config.block_configs] == [False, True, False, True]
+    assert (nemotron.width_of(first.ffn.ffn_mult, 64), nemotron.width_of(third.ffn.ffn_mult, 64)) == (256, 512)
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "modeling_puzzle.py").exists()
+    assert config.to_dict()["block_configs"][3]["attention"]["n_heads_in_group"] is None
+
+
+REFUSED_BY_NEMOTRON = {
+    "linear": ((P, "linear linear", P, P), {"intermediate_size": 512}, ("layer 1 attention linear", "layer 1 ffn linear")),
+    "no attention in layer 0": (("no_op parent", P, P, P), {"intermediate_size": 512}, ("layer 0 attention no_op",)),
+    "widths": ((P, "parent w80", P, P), {}, ("layer 1 ffn w80", "layer 0, 2, 3 ffn parent", "160")),
+    "biases": ((P,) * 4, {"intermediate_size": 512, "attention_bias": True}, ("biases (model.layers.0.self_attn",)),
+    "another family": ((P,) * 4, {"model_type": "qwen3"}, ("family qwen3",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_NEMOTRON)
+def test_what_nemotron_nas_has_no_form_for_is_refused_by_name(name, tmp_path):
+    layers, changes, words = REFUSED_BY_NEMOTRON[name]
+    _, export = saved(tmp_path, layers, **changes)
+    with pytest.raises(ValueError, match="cannot be exported to nemotron-nas") as raised:
+        nemotron.write(export, tmp_path / "out" / "child", "float16")
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert not (tmp_path / "out").exists()
+
+
+# Llama-3_3-Nemotron-Super-49B-v1 as published, runs of equal layers: how many, with attention, FFN multipliers.
+SUPER_49B = [
+    (1, True, [2.625]), (5, True, [5.25]), (2, False, [2.625]), (3, True, [5.25]), (1, False, [3.28125]), (30, True, [5.25]),
+    (10, False, [1.3125, 2.625, 2.625, 1.3125, 5.25, 1.3125, 2.625, 1.3125, 1.3125, 1.3125]), (1, True, [5.25]),
+    (18, False, [1.3125, 1, 1, 1.3125, 1, 1, 1, 1.3125, 1.3125, 0.5, 0.5, 1, 1, 0.5, 0.5, 1, 0.5, 0.5]), (9, True, [5.25]),
+]  # fmt: skip
+
+
+def published(path, blocks, **changes):
+    config = {"hidden_size": 8192, "num_attention_heads": 64, "vocab_size": 128256, "tie_word_embeddings": False,
+              "num_key_value_heads": None, "intermediate_size": None, "block_configs": blocks, **changes}  # fmt: skip
+    path.write_text(json.dumps(config))
+    return path
+
+
+def block(group=8, mult=5.25, linear=(), **ffn):
+    return {
+        "attention": {"n_heads_in_group": group, "no_op": group is None and "attention" not in linear, "window_length": None,
+                      "replace_with_linear": "attention" in linear},
+        "ffn": {"ffn_mult": mult, "no_op": mult is None and "ffn" not in linear, "replace_with_linear": "ffn" in linear, **ffn},
+    }  # fmt: skip
+
+
+def test_the_published_49b_becomes_an_architecture_with_its_exact_parameter_count(tmp_path):
+    blocks = [block(8 if attends else None, mult) for num, attends, mults in SUPER_49B for mult in mults * (num // len(mults))]
+    path = published(tmp_path / "config.json", blocks)
+    found = nemotron.read_architecture(path, num_key_value_heads=8, intermediate_size=28672)
+    assert found == nemotron.read_architecture(path) and len(found.layers) == 80
+    assert found.layers[0] == (PARENT, Variant("w", 14336)) and found.layers[1] == (PARENT, PARENT)
+    assert found.layers[11] == (NO_OP, Variant("w", 17920)) and found.layers[70] == (NO_OP, Variant("w", 2816))
+    assert nemotron.num_params(path) == 49_867_145_216
+
+
+def test_multipliers_become_the_published_widths():
+    widths = {5.25: 28672, 3.28125: 17920, 2.625: 14336, 1.3125: 7168, 1.0: 5632, 0.5: 2816}
+    assert {mult: nemotron.width_of(mult, 8192) for mult in widths} == widths
+    assert nemotron.width_of(4.875, 16384) == 53248  # Llama 3.1 405B's own
+    for hidden in (576, 2048, 4096, 5120, 8192):
+        for width in range(256, 4 * hidden, 256):
+            assert nemotron.width_of(3 * width / (2 * hidden), hidden) == nemotron.width_of(round(1.5 * width / hidden, 6), hidden) == width
+
+
+def test_published_linear_subblocks_and_outright_widths_are_read(tmp_path):
+    blocks = [block(), block(None, None, linear=("attention", "ffn")), block(16, None, intermediate_size=7168, no_op=False)]
+    path = published(tmp_path / "config.json", blocks)
+    layers = ((PARENT, PARENT), (LINEAR, LINEAR), (Variant("kv", 4), Variant("w", 7168)))
+    assert nemotron.read_architecture(path) == Architecture(layers)
+
+
+def test_a_published_layer_without_a_form_here_is_refused_by_name(tmp_path):
+    cases = {
+        "layer 1 ffn is w28672, which no variant of a parent with w14336": [block(mult=2.625), block()],
+        "layer 0 attention has {'window_length': 4096}": [{**block(), "attention": {**block()["attention"], "window_length": 4096}}],
+    }
+    for words, blocks in cases.items():
+        path = published(tmp_path / "config.json", blocks)
+        with pytest.raises(ValueError) as raised:
+            nemotron.read_architecture(path, num_key_value_heads=8, intermediate_size=14336)
+        assert words in str(raised.value)
+    with pytest.raises(ValueError, match="no block_configs"):
+        nemotron.read_architecture(ROOT / "docs" / "results" / "demo.json")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_search_never_chooses_what_its_export_target_has_no_form_for(name):
+    scores, costs = make_tables(
+        attention=["parent", "kv1", "linear", "no_op"], ffn=["parent", "w768", "w700", "linear"], score=lambda layer, subblock, k: 1 / k
+    )
+
+    def found(table):
+        problem = Problem.from_tables(table, costs, "kl", SCENARIO)
+        return solve(problem, constraints_from({"params_fraction": 0.6}, problem)).architecture
+
+    assert found(expressible(scores, None)) == found(scores)
+    assert any(why_not(name, *choice) for choice in found(scores).items())
+    restricted = found(expressible(scores, name))
+    assert [choice for choice in restricted.items() if why_not(name, *choice)] == []
+    assert restricted[0, "attention"] != NO_OP and NO_OP in {restricted[layer, "attention"] for layer in (1, 2, 3)}
+
+
+def test_an_unknown_export_target_is_answered_with_the_nearest():
+    for call in (lambda: target_named("ggfu"), lambda: expressible(make_tables()[0], "ggfu")):
+        with pytest.raises(ValueError, match="unknown export target 'ggfu'. Did you mean 'gguf'"):
+            call()
+
+
+def test_the_command_writes_the_file(tmp_path):
+    saved(tmp_path, MIXED)
+    done = stage("export", "target=gguf", "checkpoint=child", f"data={tmp_path}", f"out={tmp_path / 'out'}")
+    assert f"export: {tmp_path}/out/child.gguf for llama.cpp, float16" in done.stdout
+    fields = gguf.GGUFReader(tmp_path / "out" / "child.gguf").fields
+    assert fields["general.architecture"].contents() == "deci"
