@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle_core import tables
-from puzzle_core.search import CONSTRAINTS, InfeasibleError, Problem, constraints_from, solve, totals
+from puzzle_core.constraints import CONSTRAINTS, constraints_from
+from puzzle_core.problem import Problem
+from puzzle_core.search import InfeasibleError, solve
 from puzzle_core.spec import NO_OP, PARENT, Architecture, Variant
 
 SCENARIO = "b2p64g32"
@@ -43,8 +45,12 @@ def make_tables(num_layers=4, attention=ATTENTION, ffn=FFN, score=None, cost=Non
     ]
     return (
         pd.DataFrame(scores, columns=list(tables.SCHEMAS["scores"].columns)),
-        pd.DataFrame(costs, columns=list(tables.SCHEMAS["costs"].columns)),
+        pd.DataFrame(costs, columns=[c for c in tables.SCHEMAS["costs"].columns if c != "layer"]),
     )
+
+
+def totals(problem, architecture):
+    return problem.totals(problem.rows_of(architecture))
 
 
 def make_problem(**how):
@@ -54,11 +60,11 @@ def make_problem(**how):
 def exhaustive(problem, constraints):
     """The least score over every architecture within the constraints; None if there is none."""
     score_A = np.zeros(1)
-    total_A = {c.total: np.full(1, problem.outside[c.total]) for c in constraints}
+    total_A = {c.total: np.full(1, problem.shares(c.total)[1]) for c in constraints}
     for cell in range(2 * problem.num_layers):
-        rows = np.flatnonzero(problem.cell_O == cell)
+        rows = np.flatnonzero(2 * problem.layer_O + problem.half_O == cell)
         score_A = np.add.outer(score_A, problem.score_O[rows]).ravel()
-        total_A = {name: np.add.outer(sums, problem.share_O[name][rows]).ravel() for name, sums in total_A.items()}
+        total_A = {name: np.add.outer(sums, problem.shares(name)[0][rows]).ravel() for name, sums in total_A.items()}
     fits_A = np.ones(len(score_A), bool)
     for c in constraints:
         fits_A &= total_A[c.total] <= c.upper * (1 + 1e-9)
@@ -67,7 +73,7 @@ def exhaustive(problem, constraints):
 
 def random_architecture(problem, random):
     picks = [
-        problem.options[random.choice(np.flatnonzero(problem.cell_O == c))][2] for c in range(2 * problem.num_layers)
+        problem.options[random.choice(np.flatnonzero(2 * problem.layer_O + problem.half_O == c))][2] for c in range(2 * problem.num_layers)
     ]
     return Architecture(tuple(zip(picks[::2], picks[1::2], strict=True)))
 
@@ -222,7 +228,7 @@ def test_of_several_limits_the_message_names_those_out_of_reach_and_tells_how_fa
     problem = make_problem()
     with pytest.raises(InfeasibleError) as error:
         solve(problem, constraints_from({"memory_mib": 1.0, "speedup": 1.2}, problem))
-    first, memory, speedup, last = str(error.value).splitlines()
+    first, memory, speedup, nearest, last = str(error.value).splitlines()
     assert first == f"no architecture fits memory_mib 1.0 in scenario {SCENARIO}:"
     assert "memory_mib 1.0: smallest reachable is" in memory and "speedup 1.2: largest reachable is" in speedup
     assert last.startswith("Relax")
@@ -242,7 +248,7 @@ def test_limits_that_only_conflict_together_come_with_what_is_left_of_each():
     limits = {"prefill_ms": 18.0, "memory_mib": 20.0}  # each reaches 17 alone
     with pytest.raises(InfeasibleError) as error:
         solve(problem, constraints_from(limits, problem))
-    first, prefill, memory, _ = str(error.value).splitlines()
+    first, prefill, memory, nearest, _ = str(error.value).splitlines()
     assert first == f"no architecture fits prefill_ms 18.0 with memory_mib 20.0 in scenario {SCENARIO}:"
     assert "smallest reachable is 17 alone; while the others hold, 33 (prefill_ms 17, limit 18)" in prefill
     assert "smallest reachable is 17 alone; while the others hold, 33 (memory_mib 17, limit 20)" in memory
@@ -250,7 +256,7 @@ def test_limits_that_only_conflict_together_come_with_what_is_left_of_each():
 
 def test_a_time_limit_that_leaves_nothing_is_no_proof_of_infeasibility():
     problem = make_problem()
-    with pytest.raises(TimeoutError, match="speedup 1.5 .* within 1e-09 s .*search.time_limit_s"):
+    with pytest.raises(TimeoutError, match="speedup 1.5 .* within 1e-09 s. .*search.time_limit_s"):
         solve(problem, constraints_from({"speedup": 1.5}, problem), time_limit_s=1e-9)
 
 
@@ -273,7 +279,7 @@ def test_a_solution_cut_short_by_the_time_limit_is_feasible_and_brackets_the_opt
 def test_scored_variants_without_a_cost_are_named_with_the_stage_that_measures_them():
     scores, costs = make_tables()
     kept = costs[(costs["variant"] != "kv1") & ~((costs["variant"] == "w384") & (costs["metric"] == "decode_ms"))]
-    with pytest.raises(ValueError, match=r"attention kv1 \(prefill_ms, .*ffn w384 \(decode_ms\).*profile-hardware"):
+    with pytest.raises(ValueError, match=r"attention kv1 \(decode_ms, .*ffn w384 \(decode_ms\).*profile-hardware"):
         Problem.from_tables(scores, kept, "kl", SCENARIO)
     with pytest.raises(ValueError, match="outside parent .*profile-hardware"):
         Problem.from_tables(scores, costs[costs["subblock"] != "outside"], "kl", SCENARIO)
