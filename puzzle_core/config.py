@@ -41,9 +41,12 @@ def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
     return keys
 
 
-def declared(cfg: DictConfig, stage: str) -> DictConfig:
-    """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale."""
-    view = OmegaConf.masked_copy(cfg, ["data", "out", *declared_keys(stage)])
+def declared(cfg: DictConfig, stage: str, own: str | None = None) -> DictConfig:
+    """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale.
+
+    A command that is no stage reads what a stage reads, and the section `own` of conf/config.yaml.
+    """
+    view = OmegaConf.masked_copy(cfg, ["data", "out", *declared_keys(stage), *([own] if own in cfg else [])])
     OmegaConf.set_struct(view, True)
     OmegaConf.set_readonly(view, True)
     return view
@@ -68,14 +71,17 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     return target(**values, **more)
 
 
-def stage(name: str) -> Callable:
-    """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1."""
+def stage(name: str, reads: str | None = None) -> Callable:
+    """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1.
+
+    `reads` is for a command that is no stage of dvc.yaml: the stage whose keys it sees.
+    """
 
     def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> object:
             try:
-                return run(declared(cfg, name))
+                return run(declared(cfg, reads or name, name if reads else None))
             except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
                 if cfg.get("debug"):
                     raise

@@ -84,6 +84,44 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     _write(figure, path)
 
 
+def frontier_picture(rows: list[dict], name: str, metric: str, path: str | Path, title: str) -> None:
+    """Draw to a PNG the least score at each limit of the constraint `name`; points that are not proven are hollow."""
+    figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    x, y = [row["limit"] for row in rows], [row["score"] for row in rows]
+    axes.plot(x, y, color="#1f5fa8", linewidth=1.5, zorder=1)
+    faces = ["#1f5fa8" if row["gap"] == 0 else "white" for row in rows]
+    axes.scatter(x, y, s=18, c=faces, edgecolors="#1f5fa8", zorder=2)
+    axes.set_title(title, size=11, loc="left")
+    axes.set_xlabel(f"{name}, the limit", size=10)
+    axes.set_ylabel(f"total {metric}, predicted", size=10)
+    _plain(axes)
+    _write(figure, path)
+
+
+def rivals_picture(rows: list[dict], metric: str, path: str | Path, title: str) -> None:
+    """Draw to a PNG what each method's architecture loses; those that found none that fits say so."""
+    rows = sorted(rows, key=lambda row: (row["score"] is None, row["score"]), reverse=True)
+    figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.34 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    scores = [row["score"] or 0.0 for row in rows]
+    axes.barh(range(len(rows)), scores, color=["#1f5fa8" if row["method"] == "mip" else "#a9c4e4" for row in rows])
+    for place, row in enumerate(rows):
+        label = "nothing that fits" if row["score"] is None else f"{row['score']:.4g}" + (f"  (+{row['gap']:.2%})" if row["gap"] else "")
+        axes.text(max(scores[place], 0), place, f" {label}", va="center", size=9)
+    axes.set_yticks(range(len(rows)), [row["method"].replace("_", " ") for row in rows], size=9)
+    axes.set_xlim(min(0, *scores), 1.25 * max(*scores, 1e-300))
+    axes.set_xlabel(f"total {metric}, predicted (in brackets: above the MIP's)", size=10)
+    axes.set_title(title, size=11, loc="left")
+    _plain(axes)
+    _write(figure, path)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+
+
 def _by_size(variants: set[Variant]) -> list[Variant]:
     """Largest first: the parent, what has a size, linear, and no_op last."""
     last = (LINEAR, NO_OP)

@@ -85,7 +85,7 @@ def solve(
     deadline = begin + time_limit_s
     total = lookup(objective, problem)[0]
     weight_O, outside = problem.shares(total)
-    program = _program(problem, weight_O, constraints, unlike, distance)
+    program = program_of(problem, weight_O, constraints, unlike, distance)
     try:
         found = mip.minimise(program, deadline, None if start is None else np.array(start))
     except mip.OutOfTimeError as error:
@@ -114,7 +114,7 @@ def solve(
     return replace(solution, bound=solution.value if found.proven else min(solution.bound, solution.value))
 
 
-def _program(
+def program_of(
     problem: Problem, weight_O: np.ndarray, constraints: Sequence[Constraint], unlike: Sequence[Solution] = (), distance: int = 1
 ) -> mip.Program:
     share_KO, room_K = [], []
@@ -209,13 +209,13 @@ def _towards(problem: Problem, c: Constraint) -> np.ndarray:
 
 def _lightest(problem: Problem, c: Constraint) -> list[int]:
     weight_O = _towards(problem, c)
-    return _program(problem, weight_O, ()).cheapest(weight_O).tolist()
+    return program_of(problem, weight_O, ()).cheapest(weight_O).tolist()
 
 
 def _with_others(problem: Problem, c: Constraint, constraints: Sequence[Constraint], left_s: float) -> str:
     others = [other for other in constraints if other is not c]
     try:
-        found = mip.minimise(_program(problem, _towards(problem, c), others), time.perf_counter() + left_s)
+        found = mip.minimise(program_of(problem, _towards(problem, c), others), time.perf_counter() + left_s)
     except mip.OutOfTimeError:
         return "unknown within the time limit"
     return as_limit(c, reached(c, problem, found.rows.tolist()), problem) if found else "none, they conflict themselves"
@@ -225,7 +225,7 @@ def _nearest(problem: Problem, constraints: Sequence[Constraint], deadline: floa
     """Limits that an architecture meets, each missed by at most the same fraction: the smallest, by bisection."""
     size_C = np.array([abs(c.bound) or 1.0 for c in constraints])
     weight_O = sum(_towards(problem, c) / size for c, size in zip(constraints, size_C, strict=True))
-    program = _program(problem, weight_O, constraints)
+    program = program_of(problem, weight_O, constraints)
 
     def missed(rows: np.ndarray) -> float:
         return max(0.0, (program.over(rows) / size_C).max())
