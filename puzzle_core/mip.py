@@ -12,14 +12,16 @@
               sum_o t_ko x_o <= r_k                    for every sum k
 
 For prices p >= 0 of the sums, L(p) = sum_l (least w + p t of layer l) - p r is a lower bound, and whatever uses option o
-weighs at least L(p) + d_o, where d_o is by how much o is dearer than its layer's cheapest choice. So: take the prices from
-the linear relaxation and solve with the options of small d alone (the core). When what it finds weighs z, the options with
-d_o > z - L(p) are proven useless. L and d are summed here, so that part of the proof needs no solver's tolerance; and the
-core is solved relative to a choice near the optimum, in units of its own, so that the unit of the weights is no matter.
+weighs at least L(p) + d_o, where d_o is by how much o is dearer than its layer's cheapest choice; of several, d adds up.
+So: take the prices from the linear relaxation; if a choice is known that weighs z, only those of total d <= z - L(p) can be
+better. Mostly they are few, and are listed: a proof that rests on no solver's tolerance. Where they are many, SCIP solves
+the program of the options with small d alone (the core), first of few, then of all that z does not rule out; relative to a
+choice near the optimum and in units of its own, so that the unit of the weights is no matter.
 """
 import datetime
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -29,7 +31,8 @@ from ortools.math_opt.python import mathopt
 
 FIRST, SECOND, BOTH = 0, 1, 2
 FEASIBILITY = 1e-9  # of SCIP, relative to the largest coefficient of a row; at its default of 1e-6 it breaks limits
-CORE = 2.0  # options per cell in the first core, on average
+CORE = 2.0  # options per cell in SCIP's first core, on average
+LISTED = 200_000  # choices that are listed at most; a hundred bytes and a microsecond each
 NOISE = 1e-14  # relative error of a sum of floats, generously
 
 
@@ -111,9 +114,104 @@ def minimise(program: Program, deadline: float, start: np.ndarray | None = None)
     near = program.cheapest(program.weight_O)
     if program.fits(near):
         return Found(near, program.weight(near), program.weight(near), True)
-    bound, noise, dearer_O = _bound(program, _prices(program, near, deadline))
+    priced = _price(program, _prices(program, near, deadline))
+    start = np.sort(start) if start is not None and program.fits(start) else None
+    found = _list(program, priced, start, deadline)
+    return found if found and found.proven else _solve(program, priced, found.rows if found else None, deadline)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A program at given prices."""
+
+    weight_O: np.ndarray  # w + p t
+    least_L: np.ndarray  # of each layer's cheapest choice
+    dearer_O: np.ndarray  # by how much the cheapest choice with this option is dearer
+    bound: float  # L(p), less what floats may have it wrong
+    noise: float  # what floats may have a difference to it wrong
+
+
+def _price(program: Program, prices_K: np.ndarray) -> Priced:
+    weight_O = program.weight_O + prices_K @ program.share_KO
+    cheapest = program.cheapest(weight_O)
+    bound = math.fsum([*program.weight_O[cheapest], *(prices_K * program.over(cheapest))])
+    noise = NOISE * (np.abs(program.weight_O[cheapest]).sum() + prices_K @ np.abs(program.share_KO[:, cheapest]).sum(axis=1))
+    first_L, second_L, both_L = program.least(weight_O)
+    least_L = np.minimum(first_L + second_L, both_L)
+    partner_HL = np.stack([second_L, first_L, np.zeros_like(both_L)])
+    dearer_O = weight_O + partner_HL[program.half_O, program.layer_O] - least_L[program.layer_O]
+    return Priced(weight_O, least_L, np.maximum(0.0, dearer_O), bound - noise, 2 * noise)
+
+
+def _list(program: Program, priced: Priced, start: np.ndarray | None, deadline: float) -> Found | None:
+    """Look through every choice of small total d, further and further, until it is proven that the best was among them.
+
+    Not proven where they become too many; None if none was found that fits.
+    """
+    ranked = np.sort(priced.dearer_O)
+    best, size = start, len(program.cheapest(priced.weight_O)) + 8
+    while time.perf_counter() < deadline:
+        whole = size >= len(ranked)
+        reach = np.inf if whole else ranked[size] + priced.noise
+        if best is not None:
+            reach = min(reach, program.weight(best) - priced.bound + priced.noise)
+        choices = _choices_within(program, priced, reach)
+        if choices is None:
+            break
+        for rows in choices:  # lightest first
+            if best is not None and program.weight(rows) >= program.weight(best):
+                break
+            if program.fits(rows):
+                best = np.sort(rows)
+                break
+        if best is not None and program.weight(best) - priced.bound + priced.noise <= reach:
+            return Found(best, program.weight(best), program.weight(best), True)
+        if whole:
+            break
+        size += 8
+    return None if best is None else Found(best, program.weight(best), priced.bound, False)
+
+
+def _choices_within(program: Program, priced: Priced, reach: float) -> Iterator[np.ndarray] | None:
+    """Those of total d up to `reach` that seem to fit, lightest first; None if there are too many."""
+    values_VO = np.vstack([program.weight_O, program.share_KO])
+    values_VO = np.hstack([values_VO, np.zeros((len(values_VO), 1))])  # option -1, beside a joint one, is nothing
+    layers = []  # (d, pairs of options) of each layer's choices, cheapest first
+    for rows in np.split(order := np.argsort(program.layer_O, kind="stable"), np.flatnonzero(np.diff(program.layer_O[order])) + 1):
+        rows = rows[priced.dearer_O[rows] <= reach]
+        first, second, both = (rows[program.half_O[rows] == half] for half in (FIRST, SECOND, BOTH))
+        pairs = np.array([*((a, b) for a in first for b in second), *((b, -1) for b in both)])
+        dearer = np.where(pairs >= 0, priced.weight_O[pairs], 0.0).sum(axis=1) - priced.least_L[program.layer_O[pairs[0, 0]]]
+        kept = np.argsort(dearer, kind="stable")[: (dearer <= reach).sum()]
+        layers.append((np.maximum(0.0, dearer[kept]), pairs[kept]))
+    layers.sort(key=lambda layer: -layer[0][1] if len(layer[0]) > 1 else -math.inf)  # those that multiply the list come last
+    dearer_S, value_VS, history = np.zeros(1), np.zeros((len(values_VO), 1)), []
+    for dearer_C, pairs in layers:
+        total_SC = dearer_S[:, None] + dearer_C
+        state, choice = np.nonzero(total_SC <= reach)
+        if len(state) > LISTED:
+            return None
+        value_VS = value_VS[:, state] + values_VO[:, pairs].sum(axis=2)[:, choice]
+        dearer_S = total_SC[state, choice]
+        history.append((state, pairs[choice]))
+    room_V = program.room_K + 1e-12 * np.abs(program.share_KO).sum(axis=1)  # float sums; the exact ones decide
+    seeming = np.flatnonzero((value_VS[1:] <= room_V[:, None]).all(axis=0))
+    return (_trace(history, index) for index in seeming[np.argsort(value_VS[0, seeming], kind="stable")])
+
+
+def _trace(history: list[tuple[np.ndarray, np.ndarray]], index: int) -> np.ndarray:
+    """The options that led to entry `index` of the list."""
+    rows = []
+    for state, pairs in reversed(history):
+        rows += [option for option in pairs[index].tolist() if option >= 0]
+        index = state[index]
+    return np.array(rows)
+
+
+def _solve(program: Program, priced: Priced, best: np.ndarray | None, deadline: float) -> Found | None:
+    """By SCIP, from the core outwards; `best` is a choice that fits, if one is known."""
+    bound, noise, dearer_O = priced.bound, priced.noise, priced.dearer_O
     ranked = np.sort(dearer_O)
-    best = np.sort(start) if start is not None and program.fits(start) else None
     size = math.ceil(CORE * len(program.cells))
     while True:
         reach = ranked[min(size, len(ranked)) - 1]
@@ -143,19 +241,6 @@ def minimise(program: Program, deadline: float, start: np.ndarray | None = None)
         if left_out >= weight - noise:
             return Found(best, weight, weight, True)
         size = len(ranked)  # all that the bound has not ruled out
-
-
-def _bound(program: Program, prices_K: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """L(p), by how much floats may have it wrong, and by how much each option is dearer than its layer's cheapest choice."""
-    priced_O = program.weight_O + prices_K @ program.share_KO
-    cheapest = program.cheapest(priced_O)
-    bound = math.fsum([*program.weight_O[cheapest], *(prices_K * program.over(cheapest))])
-    noise = NOISE * (np.abs(program.weight_O[cheapest]).sum() + prices_K @ np.abs(program.share_KO[:, cheapest]).sum(axis=1))
-    first_L, second_L, both_L = program.least(priced_O)
-    least_L = np.minimum(first_L + second_L, both_L)
-    partner_HL = np.stack([second_L, first_L, np.zeros_like(both_L)])
-    dearer_O = priced_O + partner_HL[program.half_O, program.layer_O] - least_L[program.layer_O]
-    return bound - noise, 2 * noise, np.maximum(0.0, dearer_O)
 
 
 def _prices(program: Program, near: np.ndarray, deadline: float) -> np.ndarray:
