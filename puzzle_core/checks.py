@@ -90,7 +90,8 @@ def _cells(name: str, table: pd.DataFrame) -> Iterator[str]:
     yield from where(bad, "has no variant id", "use parent, no_op, linear, kvN, wN; in a row of subblock block two of them, as kv4+w768")
     if "layer" in table:
         yield from where(table["layer"] < (-1 if name == "costs" else 0), "has a negative layer", "count layers from 0")
-    yield from where(table.duplicated(SCHEMAS[name].unique, keep=False), "is there more than once", "keep one row of each key")
+    key = [column for column in SCHEMAS[name].unique if column in table]
+    yield from where(table.duplicated(key, keep=False), "is there more than once", "keep one row of each key")
     for column in table.select_dtypes("number"):
         yield from where(~np.isfinite(table[column]), f"has a {column} that is no finite number", "measure it again or drop the row")
     if name == "scores":

@@ -107,6 +107,7 @@ def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem:
         value = limit
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"constraint {name} is {limit!r}; expected a positive number, a percentage of the parent's, or null for no limit")
+    problem.shares(total, scenario)  # an unknown scenario is refused here
     unit = unit_of(name, problem, scenario)
     bound = unit * value if sense == "at most" else unit / value
     if relative:
