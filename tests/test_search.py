@@ -418,7 +418,7 @@ def test_limits_in_several_workloads_both_ways_and_in_percent_hold_at_once():
     limits = {
         "latency_ms": [{"at_most": "80%"}, {"at_most": "70%", "scenario": "b8p64g32"}],
         "num_params": {"at_least": "40%", "at_most": "75%"},
-        "memory_mib": [{"at_most": 700, "batch_size": 64, "context_len": 4096}, "90%"],
+        "memory_mib": [{"at_most": 800, "batch_size": 64, "context_len": 4096}, "90%"],
     }
     constraints = constraints_from(limits, problem)
     solution = solve(problem, constraints)
@@ -428,7 +428,7 @@ def test_limits_in_several_workloads_both_ways_and_in_percent_hold_at_once():
         assert latency <= most * of_parent * (1 + 1e-9)
     assert 0.4 <= solution.totals["num_params"] / problem.parent_totals["num_params"] <= 0.75
     base = problem._base(SCENARIO).iloc[[*rows, -1]].sum()
-    assert (base["param_bytes"] + 64 * 4096 * base["kv_bytes_per_token"]) / 2**20 <= 700 * (1 + 1e-9)
+    assert (base["param_bytes"] + 64 * 4096 * base["kv_bytes_per_token"]) / 2**20 <= 800 * (1 + 1e-9)
     assert [str(c) for c in constraints][1] == "latency_ms 70% on b8p64g32"
 
 
