@@ -33,6 +33,12 @@ class Variant:
 PARENT, NO_OP, LINEAR = Variant("parent"), Variant("no_op"), Variant("linear")
 
 
+def by_size(variants: set[Variant]) -> list[Variant]:
+    """Largest first: the parent, what has a size, linear, and no_op last."""
+    last = (LINEAR, NO_OP)
+    return sorted(variants, key=lambda v: (v != PARENT, last.index(v) + 1 if v in last else 0, -(v.size or 0), v.kind))
+
+
 @dataclass(frozen=True, order=True)
 class Joint:
     """A variant of a whole block, one row of the tables: `kv4+w768`."""

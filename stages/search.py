@@ -1,7 +1,8 @@
 """Choose one variant per layer and subblock: the least total score within the constraints. Tables in, solution out."""
 from pathlib import Path
 
-from puzzle_core import plots, search, tables
+from puzzle_core import search, tables
+from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
 from puzzle_core.problem import Problem
@@ -18,7 +19,7 @@ def run(cfg):
     write_json(out / "solution.json", solution.to_json())
     write_json(out / "pool.json", [one.to_json() for one in pool])
     write_json(out / "metrics" / "predicted.json", solution.predicted())
-    plots.architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
+    architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     more = f", and {len(pool) - 1} of {settings.pool_size - 1} others" if settings.pool_size > 1 else ""
     print(f"search: {solution.title}{more}; {out}/solution.json")
     return solution.value
