@@ -114,10 +114,37 @@ def minimise(program: Program, deadline: float, start: np.ndarray | None = None)
     near = program.cheapest(program.weight_O)
     if program.fits(near):
         return Found(near, program.weight(near), program.weight(near), True)
-    priced = _price(program, _prices(program, near, deadline))
-    start = np.sort(start) if start is not None and program.fits(start) else None
-    found = _list(program, priced, start, deadline)
-    return found if found and found.proven else _solve(program, priced, found.rows if found else None, deadline)
+    start = start if start is not None and program.fits(start) else None
+    kept = np.union1d(_undominated(program), np.array([] if start is None else start, int))
+    program, start = program.only(kept), None if start is None else np.searchsorted(kept, np.sort(start))
+    prices_K = _prices(program, program.cheapest(program.weight_O), deadline)
+    priced = _price(program, prices_K)
+    found = _list(program, priced, _overpaid(program, prices_K) if start is None else start, deadline)
+    if found is None or not found.proven:
+        found = _solve(program, priced, found.rows if found else None, deadline)
+    return found and replace(found, rows=kept[found.rows])
+
+
+def _undominated(program: Program) -> np.ndarray:
+    """The options left without those that another of their layer and half matches or beats in weight and every sum."""
+    kept = []
+    for key in np.unique(3 * program.layer_O + program.half_O):
+        rows = np.flatnonzero(3 * program.layer_O + program.half_O == key)
+        values_VR = np.vstack([program.weight_O[None, rows], program.share_KO[:, rows]])
+        as_good_RR = (values_VR[:, :, None] <= values_VR[:, None, :]).all(axis=0)  # [a, b]: a is as good as b
+        equal_RR = as_good_RR & as_good_RR.T
+        beaten_R = (as_good_RR & ~equal_RR).any(axis=0) | np.triu(equal_RR, 1).any(axis=0)
+        kept.append(rows[~beaten_R])
+    return np.sort(np.concatenate(kept))
+
+
+def _overpaid(program: Program, prices_K: np.ndarray) -> np.ndarray | None:
+    """A choice that fits, of those that are cheapest at prices above the relaxation's; None if there is none among them."""
+    for factor in 1.0 + np.geomspace(1e-3, 1e3, 40) if prices_K.any() else ():
+        rows = program.cheapest(program.weight_O + factor * prices_K @ program.share_KO)
+        if program.fits(rows):
+            return rows
+    return None
 
 
 @dataclass(frozen=True)
@@ -233,7 +260,7 @@ def _solve(program: Program, priced: Priced, best: np.ndarray | None, deadline: 
             continue
         weight, left_out = program.weight(best), bound + dearer_O[~inside_O].min(initial=np.inf)
         if not complete:
-            return Found(best, weight, min(weight, max(bound, min(core_bound, left_out))), False)
+            return Found(best, weight, float(min(weight, max(bound, min(core_bound, left_out)))), False)
         if noise < weight - bound < 1e-3 * reach:  # a few huge weights drowned the rest: without them, in a smaller unit
             kept = np.unique(np.concatenate([np.flatnonzero(dearer_O <= weight - bound), best]))
             found = minimise(program.only(kept), deadline, np.searchsorted(kept, best))

@@ -1,6 +1,7 @@
 """The search finds the optimum, honours every limit, and says what to do where it cannot."""
 
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -582,3 +584,21 @@ def test_joint_ids_are_canonical():
     for text in ("kv4", "kv4+", "kv4+w768+w768"):
         with pytest.raises(ValueError, match="not a variant id"):
             Joint.parse(text)
+
+
+def test_the_commands_write_their_tables_and_pictures(tmp_path):
+    for name, table in zip(("scores", "costs"), make_tables(), strict=True):
+        tables.write(name, table.assign(scenario="b2p16g8") if name == "costs" else table, tmp_path / f"{name}.parquet")
+    where = [f"out={tmp_path}", f"data={tmp_path}", f"hydra.run.dir={tmp_path / 'log'}"]
+    assert "4 layers, 32 options, scores kl, scenarios b2p16g8" in stage("check", *where).stdout
+    assert "5 points, 5 proven optimal" in stage("frontier", *where, "frontier.points=5").stdout
+    rows = json.loads((tmp_path / "plots" / "frontier.json").read_text())
+    points = json.loads((tmp_path / "frontier.json").read_text())
+    assert [row["score"] for row in rows] == [point["score"] for point in points] and "architecture" in points[0]
+    assert "max_parameters" in stage("rivals", *where, "rivals.rl_steps=20").stdout
+    for row in json.loads((tmp_path / "rivals.json").read_text()):
+        assert row["architecture"] is None or len(Architecture.from_json(row["architecture"]).layers) == 4
+    assert (tmp_path / "plots" / "frontier.png").exists() and (tmp_path / "plots" / "rivals.png").exists()
+    tables.write("costs", tables.read("costs", tmp_path / "costs.parquet").query("variant != 'kv1'"), tmp_path / "costs.parquet")
+    failed = stage("check", *where, check=False)
+    assert failed.returncode == 1 and "attention kv1 has a score but no" in failed.stdout and "5 faults" in failed.stderr
