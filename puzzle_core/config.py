@@ -41,12 +41,14 @@ def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
     return keys
 
 
-def declared(cfg: DictConfig, stage: str, command: tuple[str, ...] = ()) -> DictConfig:
+def declared(cfg: DictConfig, stage: str, own: tuple[str, ...] = ()) -> DictConfig:
     """`cfg` cut down to what DVC tracks for `stage`: reading anything else raises instead of going stale.
 
-    A command is no stage and names its keys itself.
+    A command that is no stage names the keys of its `own`; of a stage, it reads what that reads.
     """
-    view = OmegaConf.masked_copy(cfg, ["data", "out", *(command or declared_keys(stage))])
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    tracked = declared_keys(stage) if stage in stages else set()
+    view = OmegaConf.masked_copy(cfg, ["data", "out", *tracked, *(key for key in own if key in cfg)])
     OmegaConf.set_struct(view, True)
     OmegaConf.set_readonly(view, True)
     return view
@@ -71,17 +73,18 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     return target(**{**values, **more})
 
 
-def stage(name: str, command: tuple[str, ...] = ()) -> Callable:
+def stage(name: str, reads: str | None = None, command: tuple[str, ...] = ()) -> Callable:
     """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1.
 
-    A `command` that DVC does not run has its keys, which it names here, in conf/NAME.yaml.
+    For a command that is no stage of dvc.yaml: `reads` is the stage whose keys it sees beside its section of
+    conf/config.yaml; a `command` has its own keys, which it names here, in conf/NAME.yaml.
     """
 
     def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> object:
             try:
-                return run(declared(cfg, name, command))
+                return run(declared(cfg, reads or name, (*command, name) if reads or command else ()))
             except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
                 if cfg.get("debug"):
                     raise

@@ -1,4 +1,4 @@
-"""Pictures of results: an architecture layer by layer, and the scores that it was chosen by."""
+"""Pictures of results: the scores that an architecture is chosen by, frontiers, rivals."""
 
 from pathlib import Path
 
@@ -8,54 +8,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Solution, Variant
+from puzzle_core.spec import ATTENTION, FFN, PARENT, SUBBLOCKS, Variant, by_size
 
 NAMES = {ATTENTION: "attention", FFN: "FFN"}
-DARK_TO_LIGHT = {ATTENTION: "Blues_r", FFN: "Greens_r"}
 WIDTH_INCHES, DPI = 9.0, 200  # 9 inches are the 900 pixels of a README; twice the dots for sharp screens
-
-
-def architecture_picture(what: Solution | Architecture, path: str | Path, title: str) -> None:
-    """Draw to a PNG what each layer became: the darker a cell, the more is left of the parent."""
-    architecture = what.architecture if isinstance(what, Solution) else what
-    num_layers = len(architecture.layers)
-    figure = Figure(figsize=(WIDTH_INCHES, 2.7), dpi=DPI, layout="constrained")
-    axes, *keys = figure.subplots(1 + len(SUBBLOCKS), height_ratios=[10, 1, 1])
-    grid = [[architecture[layer, subblock] for layer in range(num_layers)] for subblock in SUBBLOCKS]
-    colors = {s: _colors(s, set(row)) for s, row in zip(SUBBLOCKS, grid, strict=True)}
-    axes.imshow([[colors[s][v] for v in row] for s, row in zip(SUBBLOCKS, grid, strict=True)], aspect="auto")
-    cell_points = 72 * 0.86 * WIDTH_INCHES / num_layers
-    rotated = cell_points < 40  # the widest label is as wide as about 40 points
-    size = min(9.0, 0.85 * cell_points) if rotated else 9.0
-    for row, (subblock, variants) in enumerate(zip(SUBBLOCKS, grid, strict=True)):
-        for layer, variant in enumerate(variants):
-            ink = "white" if np.mean(colors[subblock][variant][:3]) < 0.6 else "#222222"
-            axes.text(
-                layer, row, str(variant), color=ink, size=size, rotation=90 if rotated else 0, ha="center", va="center"
-            )
-    axes.set_title(title, size=11, loc="left")
-    axes.set_yticks(range(len(SUBBLOCKS)), [NAMES[s] for s in SUBBLOCKS], size=10)
-    _finish(axes, num_layers, len(SUBBLOCKS))
-    for key, subblock, variants in zip(keys, SUBBLOCKS, grid, strict=True):
-        handles = [
-            Patch(facecolor=color, edgecolor="#999999", label=f"{variant} ({variants.count(variant)})")
-            for variant, color in colors[subblock].items()
-        ]
-        look = {
-            "fontsize": min(8.0, 65 / len(handles)),
-            "handlelength": 1.2,
-            "handletextpad": 0.5,
-            "columnspacing": 1.2,
-        }
-        key.legend(handles=handles, loc="center left", ncols=len(handles), frameon=False, **look).set_in_layout(False)
-        key.set_yticks([0.5], [f"{NAMES[subblock]} (layers)"], size=8)
-        key.tick_params(length=0, labelbottom=False)
-        key.set_frame_on(False)
-    _write(figure, path)
 
 
 def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
@@ -67,7 +26,7 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
         )
     table = table.pivot(index=["subblock", "variant"], columns="layer", values="value")
     table = table.reindex(columns=range(table.columns.max() + 1))
-    rows = [(s, v) for s in SUBBLOCKS for v in _by_size({Variant.parse(v) for at, v in table.index if at == s})]
+    rows = [(s, v) for s in SUBBLOCKS for v in by_size({Variant.parse(v) for at, v in table.index if at == s})]
     values = table.loc[[(s, str(v)) for s, v in rows]].to_numpy()
     positive = values[values > 0]
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 0.26 * len(rows)), dpi=DPI, layout="constrained")
@@ -84,17 +43,42 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     _write(figure, path)
 
 
-def _by_size(variants: set[Variant]) -> list[Variant]:
-    """Largest first: the parent, what has a size, linear, and no_op last."""
-    last = (LINEAR, NO_OP)
-    return sorted(variants, key=lambda v: (v != PARENT, last.index(v) + 1 if v in last else 0, -(v.size or 0), v.kind))
+def frontier_picture(rows: list[dict], name: str, metric: str, path: str | Path, title: str) -> None:
+    """Draw to a PNG the least score at each limit of the constraint `name`; points that are not proven are hollow."""
+    figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    x, y = [row["limit"] for row in rows], [row["score"] for row in rows]
+    axes.plot(x, y, color="#1f5fa8", linewidth=1.5, zorder=1)
+    faces = ["#1f5fa8" if row["gap"] == 0 else "white" for row in rows]
+    axes.scatter(x, y, s=18, c=faces, edgecolors="#1f5fa8", zorder=2)
+    axes.set_title(title, size=11, loc="left")
+    axes.set_xlabel(f"{name}, the limit", size=10)
+    axes.set_ylabel(f"total {metric}, predicted", size=10)
+    _plain(axes)
+    _write(figure, path)
 
 
-def _colors(subblock: str, variants: set[Variant]) -> dict[Variant, tuple[float, ...]]:
-    """A colour per variant, largest first; parent and no_op are the ends of the scale even where they are absent."""
-    scale = _by_size(variants | {PARENT, NO_OP})
-    shades = colormaps[DARK_TO_LIGHT[subblock]](np.linspace(0.1, 0.98, len(scale)))
-    return {variant: tuple(shade) for variant, shade in zip(scale, shades, strict=True) if variant in variants}
+def rivals_picture(rows: list[dict], metric: str, path: str | Path, title: str) -> None:
+    """Draw to a PNG what each method's architecture loses; those that found none that fits say so."""
+    rows = sorted(rows, key=lambda row: (row["score"] is None, row["score"]), reverse=True)
+    figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.34 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    scores = [row["score"] or 0.0 for row in rows]
+    axes.barh(range(len(rows)), scores, color=["#1f5fa8" if row["method"] == "mip" else "#a9c4e4" for row in rows])
+    for place, row in enumerate(rows):
+        label = "nothing that fits" if row["score"] is None else f"{row['score']:.4g}" + (f"  (+{row['gap']:.2%})" if row["gap"] else "")
+        axes.text(max(scores[place], 0), place, f" {label}", va="center", size=9)
+    axes.set_yticks(range(len(rows)), [row["method"].replace("_", " ") for row in rows], size=9)
+    axes.set_xlim(min(0, *scores), 1.25 * max(*scores, 1e-300))
+    axes.set_xlabel(f"total {metric}, predicted (in brackets: above the MIP's)", size=10)
+    axes.set_title(title, size=11, loc="left")
+    _plain(axes)
+    _write(figure, path)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
 
 
 def _finish(axes: Axes, num_layers: int, num_rows: int) -> None:

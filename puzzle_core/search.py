@@ -1,299 +1,247 @@
-"""The search: from the scores and costs tables to the architecture of least score within the constraints.
+"""The search: from a problem and constraints to the architecture of least score, or of least of any total, and its proof.
 
-    Options   o in O       one row of the scores table: a variant of a subblock of a layer
-    Cells     c in C       the (layer, subblock) pairs; every option covers one of them
-    Scores    s_o          quality lost where the option replaces the parent's subblock; the parent's is 0
-    Shares    t_ko         what the option adds to total k: latency_ms, memory_mib, ...
-    Outside   a_k          what embeddings, final norm and LM head add to total k, whatever is chosen
-    Limits    u_k          the upper bound of total k
-    Variables x_o in {0, 1}, 1 where the option is chosen
+    Minimise  sum_o s_o x_o                              the scores, or the shares t_ko of a total k
+    such that one option for every layer and subblock    a joint option is both of its layer's
+              a_k + sum_o t_ko x_o <= u_k                for every upper limit, in its scenario
+              a_k + sum_o t_ko x_o >= l_k                for every lower limit
+              sum_{o in y} x_o <= cells - d              in a pool: d choices differ from every earlier solution y
 
-    Minimise  sum_o s_o x_o
-    such that sum_{o covers c} x_o = 1               for every cell c
-              a_k + sum_o t_ko x_o <= (1 + 1e-9) u_k for every constraint k
-
-The slack is for float sums alone: a limit that equals a reachable total is reachable. What the solver returns is summed
-again in float; if a total is above its limit, that solution is cut off and the program solved again. The form has room
-for several scenarios (more totals), joint blocks (options that cover two cells) and pools of solutions (more cuts).
+How the program is solved and proven is in mip.py. Batch sizes are tried one by one, and the best objective wins.
 """
-
-import datetime
-import difflib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
-from ortools.math_opt.python import mathopt
 
-from puzzle_core.spec import OUTSIDE, PARENT, SUBBLOCKS, Architecture, Constraint, Scenario, Solution, Variant
-
-SLACK = 1e-9  # relative, on every limit
-BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token")
-
-# What a user may limit: the total that it bounds, and how. At most: total <= limit * unit. At least: total <= unit /
-# limit. The unit is 1, the parent's total, or 1000 times the generated tokens, so that tokens per second bound ms.
-CONSTRAINTS = {
-    "latency_ms": ("latency_ms", "at most", "one"),
-    "prefill_ms": ("prefill_ms", "at most", "one"),
-    "decode_ms": ("decode_ms", "at most", "one"),
-    "memory_mib": ("memory_mib", "at most", "one"),
-    "num_params": ("num_params", "at most", "one"),
-    "kv_mib": ("kv_mib", "at most", "one"),
-    "throughput_tokens_per_s": ("latency_ms", "at least", "tokens"),
-    "speedup": ("latency_ms", "at least", "parent"),
-    "memory_fraction": ("memory_mib", "at most", "parent"),
-    "params_fraction": ("num_params", "at most", "parent"),
-    "kv_fraction": ("kv_mib", "at most", "parent"),
-}
+from puzzle_core import mip
+from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
+from puzzle_core.problem import HALVES, SCORE, Problem
+from puzzle_core.spec import BLOCK, Constraint, Scenario, Solution
 
 
 class InfeasibleError(ValueError):
     """No architecture meets the constraints; the message says how far each one can be reached."""
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Every option with its score and its share of each total: aligned arrays, sorted by cell."""
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of the search besides the constraints: `search` in params.yaml."""
 
-    scenario: Scenario
-    metric: str
-    num_layers: int
-    options: tuple[tuple[int, str, Variant], ...]  # (layer, subblock, variant)
-    cell_O: np.ndarray  # the cell that the option covers: len(SUBBLOCKS) * layer + index of its subblock
-    score_O: np.ndarray
-    share_O: dict[str, np.ndarray]  # total -> the option's share of it
-    outside: dict[str, float]  # total -> the share of what is outside the blocks
+    metric: str | Mapping[str, float] = "kl"  # which score; several are summed with their weights
+    objective: str = SCORE  # what is made least: the score or a total; throughput and speedup are made most
+    batch_sizes: Sequence[int] | None = None  # tried in place of the workload's
+    pool_size: int = 1  # solutions
+    pool_distance: int = 1  # choices of a variant in which any two of them differ
+    time_limit_s: float = 60.0  # for everything together
+    export_target: str | None = None  # only what this format can express (`targets`)
 
-    @classmethod
-    def from_tables(cls, scores: pd.DataFrame, costs: pd.DataFrame, metric: str, scenario: str) -> "Problem":
-        """Join one metric's scores and one scenario's costs; ValueError that names every row they lack."""
-        for table, column, wanted in (("scores", scores["metric"], metric), ("costs", costs["scenario"], scenario)):
-            if wanted not in (there := sorted(set(column))):
-                raise ValueError(f"no {column.name} '{wanted}' in the {table} table, which has: {', '.join(there)}")
-        scores = scores[scores["metric"] == metric]
-        cell = len(SUBBLOCKS) * scores["layer"] + scores["subblock"].map(SUBBLOCKS.index)
-        scores = scores.assign(cell=cell).sort_values(["cell", "variant"])
-        costs = costs[costs["scenario"] == scenario]
-        base = costs.pivot(index=["subblock", "variant"], columns="metric", values="value")
-        keys = [*zip(scores["subblock"], scores["variant"], strict=True), (OUTSIDE, str(PARENT))]
-        base = base.reindex(pd.MultiIndex.from_tuples(keys), columns=BASE_METRICS)
-        _check_complete(scores, base, scenario)
-        shares = _linear_totals(base, Scenario.parse(scenario))
-        return cls(
-            scenario=Scenario.parse(scenario),
-            metric=metric,
-            num_layers=int(scores["layer"].max()) + 1,
-            options=tuple((row.layer, row.subblock, Variant.parse(row.variant)) for row in scores.itertuples()),
-            cell_O=scores["cell"].to_numpy(),
-            score_O=scores["value"].to_numpy(),
-            share_O={total: share[:-1] for total, share in shares.items()},
-            outside={total: float(share[-1]) for total, share in shares.items()},
-        )
-
-    @property
-    def parent_totals(self) -> dict[str, float]:
-        return totals(self, Architecture.uniform(self.num_layers))
-
-    def total(self, name: str, rows: list[int]) -> float:
-        return self.outside[name] + math.fsum(self.share_O[name][rows])
-
-    def cell_minima(self, weight_O: np.ndarray) -> np.ndarray:
-        return np.minimum.reduceat(weight_O, np.flatnonzero(np.diff(self.cell_O, prepend=-1)))
+    def __post_init__(self):
+        for name, least in (("pool_size", 1), ("pool_distance", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
 
 
-def _check_complete(scores: pd.DataFrame, base: pd.DataFrame, scenario: str) -> None:
-    cells = [(layer, subblock) for layer in range(max(scores["layer"]) + 1) for subblock in SUBBLOCKS]
-    parents = set(scores.loc[scores["variant"] == str(PARENT), "cell"])
-    if lacking := ["layer {} {} parent".format(*key) for cell, key in enumerate(cells) if cell not in parents]:
-        raise ValueError(f"scores table has no {', '.join(lacking)}, but has layer {cells[-1][0]}. Rerun score.")
-    rows = base[base.isna().any(axis=1)].iterrows()
-    if lacking := {f"{' '.join(key)} ({', '.join(row.index[row.isna()])})": None for key, row in rows}:
-        raise ValueError(
-            f"costs table has no row in scenario {scenario} for {', '.join(lacking)}; expected every scored variant, "
-            f"and 'outside parent' for what is in no block. Rerun profile-hardware."
-        )
-
-
-def _linear_totals(base: pd.DataFrame, scenario: Scenario) -> dict[str, np.ndarray]:
-    """What each row of base metrics adds to each total: ms of the whole batch, MiB at the end of generation, counts."""
-    prefill_ms, decode_ms, param_bytes, num_params, kv_bytes_per_token = base[list(BASE_METRICS)].to_numpy(float).T
-    kv_bytes = scenario.batch_size * scenario.sequence_len * kv_bytes_per_token
-    return {
-        "latency_ms": prefill_ms + scenario.generation_len * decode_ms,
-        "prefill_ms": prefill_ms,
-        "decode_ms": decode_ms,
-        "memory_mib": (param_bytes + kv_bytes) / 2**20,
-        "num_params": num_params,
-        "kv_mib": kv_bytes / 2**20,
-    }
-
-
-def totals(problem: Problem, architecture: Architecture) -> dict[str, float]:
-    """The predicted totals of `architecture` and its throughput_tokens_per_s; ValueError if the tables lack a row."""
-    row_of = {option: row for row, option in enumerate(problem.options)}
-    lacking = ["layer {} {} {}".format(*option) for option in architecture.items() if option not in row_of]
-    if lacking or len(architecture.layers) != problem.num_layers:
-        raise ValueError(
-            f"the tables have {problem.num_layers} layers, the architecture {len(architecture.layers)}, and no row for "
-            f"{', '.join(lacking) or 'the others'}. Rerun bld, score and profile-hardware with what is missing."
-        )
-    rows = [row_of[option] for option in architecture.items()]
-    linear = {total: problem.total(total, rows) for total in problem.share_O}
-    num_tokens, seconds = problem.scenario.batch_size * problem.scenario.generation_len, linear["latency_ms"] / 1000
-    return {**linear, "throughput_tokens_per_s": num_tokens / seconds if seconds else math.inf}
-
-
-def constraints_from(limits: Mapping[str, float | None], problem: Problem) -> tuple[Constraint, ...]:
-    """The user's limits as upper bounds on totals; None is no limit. ValueError for an unknown name or a bad limit."""
-    constraints = []
-    for name, limit in limits.items():
-        if name not in CONSTRAINTS:
-            hint = "".join(f"did you mean '{close}'? " for close in difflib.get_close_matches(name, CONSTRAINTS, n=1))
-            raise ValueError(f"unknown constraint '{name}': {hint}There are {', '.join(CONSTRAINTS)}.")
-        if limit is None:
+def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -> list[Solution]:
+    """The best architecture over the allowed batch sizes, then the pool's others; InfeasibleError, TimeoutError."""
+    deadline = time.perf_counter() + settings.time_limit_s
+    at = problem.scenario
+    sizes = list(dict.fromkeys(settings.batch_sizes or [at.batch_size]))
+    problems = [problem if size == at.batch_size else problem.at(Scenario(size, at.prompt_len, at.generation_len)) for size in sizes]
+    best, refused = None, []
+    for number, candidate in enumerate(problems):
+        left_s = max(0.0, deadline - time.perf_counter()) / (len(problems) - number)
+        constraints = constraints_from(limits, candidate)
+        try:
+            found = solve(candidate, constraints, left_s, settings.objective)
+        except (InfeasibleError, TimeoutError) as error:
+            refused.append(error)
             continue
-        if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < limit < math.inf:
-            raise ValueError(f"constraint {name} is {limit!r}; expected a positive number, or null for no limit")
-        total, sense, unit = CONSTRAINTS[name]
-        milli_tokens = 1000.0 * problem.scenario.batch_size * problem.scenario.generation_len
-        unit = {"one": 1.0, "parent": problem.parent_totals[total], "tokens": milli_tokens}[unit]
-        constraints.append(Constraint(name, float(limit), total, unit * limit if sense == "at most" else unit / limit))
-    return tuple(constraints)
+        # totals of different batch sizes compare as the user named them: latency per request, throughput per token
+        merit = found.value / unit_of(settings.objective, candidate, candidate.scenario)
+        if best is None or merit < best[0]:
+            best = merit, candidate, constraints, found
+    if best is None:
+        kind = TimeoutError if any(isinstance(error, TimeoutError) for error in refused) else InfeasibleError
+        raise kind("\n".join(map(str, refused)))
+    _, problem, constraints, first = best
+    return list(_pool(problem, constraints, first, settings, deadline))
 
 
-def solve(problem: Problem, constraints: tuple[Constraint, ...], time_limit_s: float = 60.0) -> Solution:
-    """The architecture of least score within `constraints` and its proof; InfeasibleError or TimeoutError if none."""
-    start = time.perf_counter()
-    found = _minimise(problem, problem.score_O, constraints, time_limit_s)
+def solve(
+    problem: Problem,
+    constraints: Sequence[Constraint],
+    time_limit_s: float = 60.0,
+    objective: str = SCORE,
+    start: Sequence[int] | None = None,
+    unlike: Sequence[Solution] = (),
+    distance: int = 1,
+) -> Solution:
+    """The architecture of least `objective` within `constraints`, `distance` choices from each of `unlike`, and its proof.
+
+    `start` are the rows of an architecture to begin from. InfeasibleError or TimeoutError if there is no solution.
+    """
+    begin = time.perf_counter()
+    deadline = begin + time_limit_s
+    total = lookup(objective, problem)[0]
+    weight_O, outside = problem.shares(total)
+    program = program_of(problem, weight_O, constraints, unlike, distance)
+    try:
+        found = mip.minimise(program, deadline, None if start is None else np.array(start))
+    except mip.OutOfTimeError as error:
+        raise TimeoutError(
+            f"no architecture for {named(constraints)} in scenario {problem.scenario} found, or ruled out, within "
+            f"{time_limit_s:g} s. Raise search.time_limit_s or relax a constraint."
+        ) from error
     if found is None:
-        raise InfeasibleError(_why_infeasible(problem, constraints, time_limit_s))
-    rows, bound, proven = found
-    variants = [problem.options[row][2] for row in rows]  # in order of cells: attention, FFN, attention, ...
-    architecture = Architecture(tuple(zip(variants[::2], variants[1::2], strict=True)))
-    score = math.fsum(problem.score_O[rows])
-    return Solution(
-        architecture=architecture,
+        if unlike:
+            raise InfeasibleError(f"no architecture for {named(constraints)} differs in {distance} choices from {len(unlike)} others")
+        raise InfeasibleError(_why_infeasible(problem, constraints, deadline))
+    rows = found.rows.tolist()
+    solution = Solution(
+        architecture=problem.architecture_of(rows),
         scenario=problem.scenario,
         metric=problem.metric,
-        score=score,
-        bound=min(bound, score),
-        status="optimal" if proven else "feasible",
-        seconds=time.perf_counter() - start,
-        totals=totals(problem, architecture),
+        score=problem.score(rows),
+        bound=outside + found.bound,
+        status="optimal" if found.proven else "feasible",
+        seconds=time.perf_counter() - begin,
+        totals=problem.totals(rows),
         parent_totals=problem.parent_totals,
         constraints=tuple(constraints),
+        objective=total,
     )
+    return replace(solution, bound=solution.value if found.proven else min(solution.bound, solution.value))
 
 
-def _minimise(
-    problem: Problem, weight_O: np.ndarray, constraints: tuple[Constraint, ...], time_limit_s: float
-) -> tuple[list[int], float, bool] | None:
-    """The rows of least weight within `constraints`, a bound on it, and whether it is proven; None if infeasible."""
-    deadline = time.perf_counter() + time_limit_s
-    floor_C = problem.cell_minima(weight_O)
-    excess_O = weight_O - floor_C[problem.cell_O]  # in units of `scale`: neither unit nor sign of the weights matters
-    scale, best, reason = excess_O.max() or 1.0, None, None
-    model, x_O = _model(problem, constraints)
-    parameters = mathopt.SolveParameters(relative_gap_tolerance=0.0, absolute_gap_tolerance=0.0, threads=1)
-    parameters.gscip.real_params["numerics/feastol"] = SLACK  # SCIP's 1e-6 would pass totals 1e-6 above their limits
-    while (left_s := deadline - time.perf_counter()) > 0:
-        model.minimize(_weighted(excess_O / scale, x_O))
-        parameters.time_limit = datetime.timedelta(seconds=left_s)
-        result = mathopt.solve(model, mathopt.SolverType.GSCIP, params=parameters)
-        reason = result.termination.reason.name
-        if reason not in ("OPTIMAL", "FEASIBLE"):
-            break
-        rows = [row for row, value in enumerate(result.variable_values(x_O)) if value > 0.5]
-        if broken := [c for c in constraints if problem.total(c.total, rows) > c.upper * (1 + SLACK)]:
-            _cut_off(problem, model, x_O, rows, broken)
-            continue
-        spent = math.fsum(excess_O[rows])
-        if best and spent > scale * (1 + SLACK):
-            break
-        bound = scale * max(0.0, result.termination.objective_bounds.dual_bound)
-        best = rows, math.fsum(floor_C) + bound, reason == "OPTIMAL"
-        if reason == "FEASIBLE" or spent == 0 or spent > 0.1 * scale:
-            return best
-        # One huge weight drowns the rest in the solver's tolerance. No better choice has an option that alone outweighs
-        # this one: without those, and in units of this one, solve again.
-        best, scale = (rows, math.fsum(floor_C), False), spent
-        for row in np.flatnonzero(excess_O > spent):
-            x_O[row].upper_bound = 0.0
-    if best or reason in ("INFEASIBLE", "INFEASIBLE_OR_UNBOUNDED"):
-        return best
-    raise TimeoutError(
-        f"no architecture for {_named(constraints)} in scenario {problem.scenario} found, or ruled out, within "
-        f"{time_limit_s:g} s (solver: {reason or 'not started'}). Raise search.time_limit_s or relax a constraint."
-    )
-
-
-def _model(problem: Problem, constraints: tuple[Constraint, ...]) -> tuple[mathopt.Model, list[mathopt.Variable]]:
-    model = mathopt.Model()
-    x_O = [model.add_binary_variable() for _ in problem.options]
-    for cell in range(problem.num_layers * len(SUBBLOCKS)):  # one option per cell
-        model.add_linear_constraint(mathopt.fast_sum(x_O[row] for row in np.flatnonzero(problem.cell_O == cell)) == 1)
-    for c in constraints:  # each total within its limit, in units of the limit
-        unit, room = c.upper or 1.0, c.upper - problem.outside[c.total]
-        model.add_linear_constraint(_weighted(problem.share_O[c.total] / unit, x_O) <= room / unit + SLACK / 2)
-    return model, x_O
-
-
-def _weighted(weight_O: np.ndarray, x_O: list[mathopt.Variable]) -> mathopt.LinearBase:
-    return mathopt.fast_sum(weight * x for weight, x in zip(weight_O.tolist(), x_O, strict=True))
-
-
-def _cut_off(
-    problem: Problem, model: mathopt.Model, x_O: list[mathopt.Variable], rows: list[int], broken: list[Constraint]
-) -> None:
-    """Exclude `rows`, which break limits by less than the solver sees, and whatever breaks them alike.
-
-    Costs repeat from layer to layer, so every permutation of `rows` would come back in turn. Each limit is written
-    again as a change from `rows`: its right side is near 0, the solver's tolerance absolute, so scaling up sharpens it.
-    """
-    model.add_linear_constraint(mathopt.fast_sum(x_O[row] for row in rows) <= len(rows) - 1)
-    for c in broken:
-        share_O, sharp = problem.share_O[c.total], 1e4 / (c.upper or 1.0)
-        room = c.upper * (1 + SLACK / 2) - problem.total(c.total, rows)
-        model.add_linear_constraint(_weighted(sharp * (share_O - share_O[rows][problem.cell_O]), x_O) <= sharp * room)
-
-
-def _why_infeasible(problem: Problem, constraints: tuple[Constraint, ...], time_limit_s: float) -> str:
-    """How far each constraint can be reached: alone and, if every one is within reach alone, while the others hold."""
-    least = {c: problem.outside[c.total] + problem.cell_minima(problem.share_O[c.total]).sum() for c in constraints}
-    hopeless = tuple(c for c in constraints if least[c] > c.upper * (1 + SLACK))
-    start, end = ("\n  {}: ", "\n") if len(constraints) > 1 else (" ", ". ")
-    message = f"no architecture fits {_named(hopeless or constraints)} in scenario {problem.scenario}:"
+def program_of(
+    problem: Problem, weight_O: np.ndarray, constraints: Sequence[Constraint], unlike: Sequence[Solution] = (), distance: int = 1
+) -> mip.Program:
+    share_KO, room_K = [], []
     for c in constraints:
-        extreme = "largest" if CONSTRAINTS[c.name][1] == "at least" else "smallest"
-        message += f"{start.format(_named([c]))}{extreme} reachable is {_as_limit(c, least[c])}"
+        share_O, outside = problem.shares(c.total, scenario_of(c, problem))
+        sign = 1 if c.lower is None else -1
+        share_KO.append(sign * share_O)
+        room_K.append(sign * (c.bound - outside) + SLACK * abs(c.bound))
+    cells_O = np.where(problem.half_O == HALVES.index(BLOCK), 2.0, 1.0)
+    for solution in unlike:
+        share_O = np.zeros(len(weight_O))
+        rows = problem.rows_of(solution.architecture)
+        share_O[rows] = cells_O[rows]
+        share_KO.append(share_O)
+        room_K.append(2.0 * problem.num_layers - distance + 0.5)
+    shares = np.array(share_KO).reshape(len(room_K), len(weight_O))
+    return mip.Program(problem.layer_O, problem.half_O, weight_O, shares, np.array(room_K))
+
+
+def _pool(problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float) -> Iterator[Solution]:
+    """`first` and the next best that differ enough; fewer where there are no more, or no more time."""
+    pool = [first]
+    yield first
+    while len(pool) < settings.pool_size and (left_s := deadline - time.perf_counter()) > 0:
+        try:
+            pool.append(solve(problem, constraints, left_s, settings.objective, unlike=pool, distance=settings.pool_distance))
+        except (InfeasibleError, TimeoutError):
+            return
+        yield pool[-1]
+
+
+def frontier(
+    problem: Problem,
+    limits: Mapping[str, object],
+    name: str,
+    points: int = 50,
+    loosest: float | None = None,
+    tightest: float | None = None,
+    time_limit_s: float = 60.0,
+) -> list[Solution]:
+    """The best score at `points` limits of the constraint `name`, evenly spaced; the other `limits` hold at each.
+
+    From `loosest` (where it stops to bind) to `tightest` (what can be reached). Each solution starts from the one before.
+    """
+    if points < 2:
+        raise ValueError(f"frontier.points is {points}; expected at least 2")
+    others = constraints_from({key: limit for key, limit in limits.items() if key != name}, problem)
+    total, sense, _ = lookup(name, problem)
+    loose = solve(problem, others, time_limit_s)
+    tight = solve(problem, others, time_limit_s, objective=name)
+    (probe,) = constraints_from({name: 1.0}, problem)
+
+    def limit_at(found: Solution, given: float | None) -> float:
+        if given is not None:
+            return given
+        value = found.score if total == SCORE else found.totals[total]
+        return value / probe.bound if sense == "at most" else probe.bound / value if value else math.inf
+
+    ends = limit_at(tight, tightest), limit_at(loose, loosest)
+    if not all(0 < end < math.inf for end in ends):
+        raise ValueError(f"the frontier of {name} runs from {ends[1]:g} to {ends[0]:g}; set frontier.loosest and frontier.tightest")
+    solutions, rows = [], problem.rows_of(tight.architecture)
+    for limit in np.linspace(*ends, points):
+        constraints = (*others, *constraints_from({name: float(limit)}, problem))
+        solution = solve(problem, constraints, time_limit_s, start=rows)
+        rows = problem.rows_of(solution.architecture)
+        solutions.append(solution)
+    return solutions[::-1]
+
+
+def _why_infeasible(problem: Problem, constraints: Sequence[Constraint], deadline: float) -> str:
+    """How far each constraint can be reached: alone and, if every one is within reach alone, while the others hold."""
+    alone = {c: reached(c, problem, _lightest(problem, c)) for c in constraints}
+    hopeless = [c for c in constraints if not holds(c, alone[c])]
+    start, end = ("\n  {}: ", "\n") if len(constraints) > 1 else (" ", ". ")
+    message = f"no architecture fits {named(hopeless or constraints)} in scenario {problem.scenario}:"
+    for number, c in enumerate(constraints):
+        message += f"{start.format(c)}{extreme(c, problem)} reachable is {as_limit(c, alone[c], problem)}"
         if not hopeless:
-            others = tuple(other for other in constraints if other is not c)
-            try:
-                found = _minimise(problem, problem.share_O[c.total], others, time_limit_s / len(constraints))
-                reached = _as_limit(c, problem.total(c.total, found[0])) if found else "none, they conflict themselves"
-            except TimeoutError:
-                reached = "unknown within the time limit"
-            message += f" alone; while the others hold, {reached}"
-        message += f" ({c.total} {_digits(least[c])}, limit {_digits(c.upper)})"
+            left_s = (deadline - time.perf_counter()) / (len(constraints) + 1 - number)
+            message += f" alone; while the others hold, {_with_others(problem, c, constraints, left_s)}"
+        message += f" ({c.total} {digits(alone[c])}, limit {digits(c.bound)})"
+    if len(constraints) > 1:
+        message += f"\n  nearest that fits, each relaxed by at most the same fraction: {_nearest(problem, constraints, deadline)}"
     return f"{message}{end}Relax the constraint or add cheaper variants to conf/search_space/."
 
 
-def _named(constraints: Sequence[Constraint]) -> str:
-    return " with ".join(f"{c.name} {c.limit}" for c in constraints) or "no constraint"
+def _towards(problem: Problem, c: Constraint) -> np.ndarray:
+    """Weights whose least sum is the total furthest within `c`."""
+    return (1 if c.lower is None else -1) * problem.shares(c.total, scenario_of(c, problem))[0]
 
 
-def _as_limit(constraint: Constraint, total: float) -> str:
-    """The limit that an architecture of `total` just meets, rounded to the reachable side: it can be typed in."""
-    if CONSTRAINTS[constraint.name][1] == "at least":
-        return _digits(constraint.upper * constraint.limit / total, math.floor) if total else "without end"
-    return _digits(total * constraint.limit / constraint.upper, math.ceil) if constraint.upper else "none"
+def _lightest(problem: Problem, c: Constraint) -> list[int]:
+    weight_O = _towards(problem, c)
+    return program_of(problem, weight_O, ()).cheapest(weight_O).tolist()
 
 
-def _digits(value: float, rounded: Callable[[float], int] = round) -> str:
-    """Five digits or all the integer ones, without an exponent."""
-    decimals = max(0, 4 - math.floor(math.log10(value))) if value else 0
-    return np.format_float_positional(rounded(value * 10**decimals) / 10**decimals, trim="-")
+def _with_others(problem: Problem, c: Constraint, constraints: Sequence[Constraint], left_s: float) -> str:
+    others = [other for other in constraints if other is not c]
+    try:
+        found = mip.minimise(program_of(problem, _towards(problem, c), others), time.perf_counter() + left_s)
+    except mip.OutOfTimeError:
+        return "unknown within the time limit"
+    return as_limit(c, reached(c, problem, found.rows.tolist()), problem) if found else "none, they conflict themselves"
+
+
+def _nearest(problem: Problem, constraints: Sequence[Constraint], deadline: float) -> str:
+    """Limits that an architecture meets, each missed by at most the same fraction: the smallest, by bisection."""
+    size_C = np.array([abs(c.bound) or 1.0 for c in constraints])
+    weight_O = sum(_towards(problem, c) / size for c, size in zip(constraints, size_C, strict=True))
+    program = program_of(problem, weight_O, constraints)
+
+    def missed(rows: np.ndarray) -> float:
+        return max(0.0, (program.over(rows) / size_C).max())
+
+    rows = program.cheapest(weight_O)
+    low, high = 0.0, missed(rows)
+    while high - low > 1e-3 * high and time.perf_counter() < deadline:
+        middle = (low + high) / 2
+        try:
+            found = mip.minimise(replace(program, room_K=program.room_K + middle * size_C), deadline)
+        except mip.OutOfTimeError:
+            break
+        low, high, rows = (low, missed(found.rows), found.rows) if found else (middle, high, rows)
+    words = []
+    for c in constraints:
+        total = reached(c, problem, rows.tolist())
+        words.append(str(c) if holds(c, total) else c.worded(as_limit(c, total, problem)))
+    return " with ".join(words)

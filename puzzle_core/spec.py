@@ -2,12 +2,13 @@
 
 Their canonical text forms are the only join keys between tables, file names and configs: `parse(str(v)) == v`.
 """
+import math
 import re
 from dataclasses import asdict, dataclass
 
 ATTENTION, FFN = "attention", "ffn"
 SUBBLOCKS = (ATTENTION, FFN)
-BLOCK = "block"  # both subblocks of a layer with the residual stream around them
+BLOCK = "block"  # both subblocks of a layer: one row where they are trained, scored or measured together
 OUTSIDE = "outside"  # what is not in a block: embeddings, final norm, LM head. A row of costs, never a choice.
 
 
@@ -32,11 +33,41 @@ class Variant:
 PARENT, NO_OP, LINEAR = Variant("parent"), Variant("no_op"), Variant("linear")
 
 
+def by_size(variants: set[Variant]) -> list[Variant]:
+    """Largest first: the parent, what has a size, linear, and no_op last."""
+    last = (LINEAR, NO_OP)
+    return sorted(variants, key=lambda v: (v != PARENT, last.index(v) + 1 if v in last else 0, -(v.size or 0), v.kind))
+
+
+@dataclass(frozen=True, order=True)
+class Joint:
+    """A variant of a whole block, one row of the tables: `kv4+w768`."""
+
+    attention: Variant
+    ffn: Variant
+
+    def __str__(self) -> str:
+        return f"{self.attention}+{self.ffn}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Joint":
+        halves = text.split("+")
+        if len(halves) != len(SUBBLOCKS):
+            raise ValueError(f"'{text}' is not a variant id of a block; expected attention+ffn, for example kv4+w768 or parent+parent")
+        return cls(*map(Variant.parse, halves))
+
+
+def parse_variant(subblock: str, text: str) -> Variant | Joint:
+    """The variant that `text` names in a table's row of `subblock`."""
+    return Joint.parse(text) if subblock == BLOCK else Variant.parse(text)
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """The choice per layer: `layers[i]` maps each subblock to its variant."""
+    """The choice per layer: `layers[i]` maps each subblock to its variant, wherever its row came from."""
 
     layers: tuple[tuple[Variant, Variant], ...]  # (attention, ffn) of each layer, first layer first
+    joint: tuple[int, ...] = ()  # the layers that take one `block` row in place of two
 
     def __getitem__(self, key: tuple[int, str]) -> Variant:
         layer, subblock = key
@@ -48,12 +79,36 @@ class Architecture:
             for subblock, variant in zip(SUBBLOCKS, pair, strict=True):
                 yield layer, subblock, variant
 
+    def rows(self):
+        """The (layer, subblock, variant) of each row of the tables that this is made of; a joint one has subblock `block`."""
+        for layer, pair in enumerate(self.layers):
+            if layer in self.joint:
+                yield layer, BLOCK, Joint(*pair)
+            else:
+                yield from ((layer, subblock, variant) for subblock, variant in zip(SUBBLOCKS, pair, strict=True))
+
+    @classmethod
+    def of_rows(cls, rows) -> "Architecture":
+        """The architecture made of `rows`, in any order."""
+        by_layer = {}
+        for layer, subblock, variant in rows:
+            by_layer.setdefault(layer, {})[subblock] = variant
+        layers, joint = [], tuple(layer for layer in sorted(by_layer) if BLOCK in by_layer[layer])
+        for layer in range(len(by_layer)):
+            there = by_layer[layer]
+            layers.append((there[BLOCK].attention, there[BLOCK].ffn) if layer in joint else tuple(there[s] for s in SUBBLOCKS))
+        return cls(tuple(layers), joint)
+
     def to_json(self) -> list[dict[str, str]]:
-        return [dict(zip(SUBBLOCKS, map(str, pair), strict=True)) for pair in self.layers]
+        layers = [{} for _ in self.layers]
+        for layer, subblock, variant in self.rows():
+            layers[layer][subblock] = str(variant)
+        return layers
 
     @classmethod
     def from_json(cls, layers: list[dict[str, str]]) -> "Architecture":
-        return cls(tuple(tuple(Variant.parse(layer[s]) for s in SUBBLOCKS) for layer in layers))
+        rows = [(number, *row) for number, layer in enumerate(layers) for row in layer.items()]
+        return cls.of_rows((layer, subblock, parse_variant(subblock, text)) for layer, subblock, text in rows)
 
     @classmethod
     def uniform(cls, num_layers: int, attention: Variant = PARENT, ffn: Variant = PARENT) -> "Architecture":
@@ -87,14 +142,32 @@ class Scenario:
         return self.prompt_len + self.generation_len
 
 
+MORE_IS_BETTER = ("speedup", "throughput_tokens_per_s")  # of what can be limited; of all else less is
+
+
 @dataclass(frozen=True)
 class Constraint:
-    """A limit on one total of an architecture, `total <= upper`, under the name and limit that the user wrote."""
+    """A limit on one total of an architecture, under the name that the user wrote: total <= upper, or total >= lower."""
 
     name: str  # as in params.yaml: speedup, latency_ms, ...
-    limit: float  # as in params.yaml
-    total: str  # what is bounded: latency_ms, memory_mib, num_params, ...
-    upper: float  # the bound, in the unit of `total`
+    limit: float  # as in params.yaml; a fraction where it is relative
+    total: str  # what is bounded: latency_ms, memory_mib, num_params, score, ...
+    upper: float | None = None  # the bound, in the unit of `total`; one of the two is None
+    lower: float | None = None
+    scenario: str = ""  # where it is not the workload searched for
+    relative: bool = False  # the limit was written as a percentage of the parent's
+
+    @property
+    def bound(self) -> float:
+        return self.lower if self.upper is None else self.upper
+
+    def __str__(self) -> str:
+        return self.worded(f"{100 * self.limit:.6g}%" if self.relative else str(self.limit))
+
+    def worded(self, limit: str) -> str:
+        """This constraint in words, with another limit."""
+        sense = "" if self.lower is None else "at most " if self.name in MORE_IS_BETTER else "at least "
+        return f"{self.name} {sense}{limit}" + (f" on {self.scenario}" if self.scenario else "")
 
 
 @dataclass(frozen=True)
@@ -103,34 +176,43 @@ class Solution:
 
     architecture: Architecture
     scenario: Scenario
-    metric: str  # which score was minimised
+    metric: str  # the score, or the weighted sum of scores
     score: float  # sum of the chosen rows' scores, recomputed from the tables
-    bound: float  # no feasible architecture scores below this
+    bound: float  # no feasible architecture's objective is below this
     status: str  # optimal, or feasible when the time limit struck first
     seconds: float
     totals: dict[str, float]  # predicted totals of the architecture
     parent_totals: dict[str, float]
     constraints: tuple[Constraint, ...]
+    objective: str = "score"  # what was minimised: the score, or a total
+
+    @property
+    def value(self) -> float:
+        """Of the objective."""
+        return self.score if self.objective == "score" else self.totals[self.objective]
 
     @property
     def gap(self) -> float:
-        """(score - bound) / |score|, 0 when the optimum is proven."""
-        return max(0.0, self.score - self.bound) / max(abs(self.score), 1e-12)
+        """(value - bound) / |value|, 0 when the optimum is proven."""
+        return 0.0 if self.status == "optimal" else max(0.0, self.value - self.bound) / max(abs(self.value), 1e-300)
 
     @property
     def speedup(self) -> float:
         """Predicted latency of the parent over that of the child."""
-        return self.parent_totals["latency_ms"] / self.totals["latency_ms"] if self.totals["latency_ms"] else float("inf")
+        child, parent = (totals.get("latency_ms", math.nan) for totals in (self.totals, self.parent_totals))
+        return parent / child if child else math.inf
 
     @property
     def title(self) -> str:
-        limits = ", ".join(f"{c.name} {c.limit:g}" for c in self.constraints) or "no constraint"
+        limits = ", ".join(map(str, self.constraints)) or "no constraint"
         proof = "optimal" if self.status == "optimal" else f"gap {self.gap:.2%}"
-        return f"{limits}: predicted {self.metric} {self.score:.3g} ({proof}), speed-up {self.speedup:.2f} on {self.scenario}"
+        speed = "" if math.isnan(self.speedup) else f", speed-up {self.speedup:.2f}"
+        return f"{limits}: predicted {self.metric} {self.score:.3g} ({proof}){speed} on {self.scenario}"
 
     def predicted(self) -> dict[str, float]:
         """The row of metrics that the child should show when it is measured."""
-        return {self.metric: self.score, "speedup": self.speedup, **self.totals}
+        speed = {} if math.isnan(self.speedup) else {"speedup": self.speedup}
+        return {self.metric: self.score, **speed, **self.totals}
 
     def to_json(self) -> dict:
         plain = asdict(self)

@@ -10,7 +10,7 @@ import pandera.pandas as pa
 import pyarrow as arrow
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import OUTSIDE, SUBBLOCKS, Scenario, Variant
+from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, parse_variant
 
 
 def _parses(parse) -> pa.Check:
@@ -20,12 +20,20 @@ def _parses(parse) -> pa.Check:
         except ValueError:
             return False
 
-    return pa.Check(each, element_wise=True, error=f"not a {parse.__self__.__name__.lower()} id")
+    return pa.Check(each, element_wise=True, error=f"not a {parse.__qualname__.split('.')[0].strip('_').replace('any_', '').lower()} id")
+
+
+def _any_variant(text: str) -> Variant | Joint:
+    return parse_variant(BLOCK if "+" in text else "", text)
 
 
 _LAYER = pa.Column(int, pa.Check.ge(0))
-_SUBBLOCK = pa.Column(str, pa.Check.isin(SUBBLOCKS))
-_VARIANT = pa.Column(str, _parses(Variant.parse))
+_SUBBLOCK = pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK)))
+_VARIANT = pa.Column(str, _parses(_any_variant))
+_OF_ITS_SUBBLOCK = pa.Check(
+    lambda table: table["variant"].str.contains("+", regex=False) == (table["subblock"] == BLOCK),
+    error="a row of subblock block has a variant such as kv4+w768, and no other row has",
+)
 _FINITE = pa.Check(lambda column: column.abs() < float("inf"), error="not a finite number")
 _LOSS = pa.Column(float, [pa.Check.ge(0), _FINITE])
 _FINGERPRINT = pa.Column(str, description="hash of everything that determined this row; empty for foreign rows")
@@ -46,6 +54,7 @@ SCHEMAS = {
             "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),
             "fingerprint": _FINGERPRINT,
         },
+        checks=_OF_ITS_SUBBLOCK,
         unique=["layer", "subblock", "variant"],
         strict=True,
         name="library",
@@ -60,27 +69,33 @@ SCHEMAS = {
             "num_tokens": pa.Column(int, pa.Check.ge(1)),
             "fingerprint": _FINGERPRINT,
         },
-        checks=pa.Check(
-            lambda table: (table["variant"] != "parent") | (table["value"] == 0.0),
-            error="the parent's score is 0 exactly: scores are quality lost against it",
-        ),
+        checks=[
+            _OF_ITS_SUBBLOCK,
+            pa.Check(
+                lambda table: ~table["variant"].isin(["parent", "parent+parent"]) | (table["value"] == 0.0),
+                error="the parent's score is 0 exactly: scores are quality lost against it",
+            ),
+        ],
         unique=["layer", "subblock", "variant", "metric"],
         strict=True,
         name="scores",
     ),
     "costs": pa.DataFrameSchema(
         {
-            "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, OUTSIDE))),
+            "layer": pa.Column(int, pa.Check.ge(-1), default=-1, description="-1, or the column left out: the same in every layer"),
+            "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK, OUTSIDE))),
             "variant": _VARIANT,
             "scenario": pa.Column(str, _parses(Scenario.parse)),
-            "metric": pa.Column(str, pa.Check.isin(("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token"))),
+            "metric": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), description="those of problem.TOTALS, or one's own"),
             "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),
-            "unit": pa.Column(str, pa.Check.isin(("ms", "bytes", "count"))),
+            "unit": pa.Column(str),
             "source": pa.Column(str, pa.Check.isin(("measured", "computed", "analytic"))),
             "hardware": pa.Column(str),
         },
-        unique=["subblock", "variant", "scenario", "metric"],
+        checks=_OF_ITS_SUBBLOCK,
+        unique=["layer", "subblock", "variant", "scenario", "metric"],
         strict=True,
+        add_missing_columns=True,
         name="costs",
     ),
 }

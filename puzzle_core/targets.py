@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, Variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, Variant, parse_variant
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,14 @@ def expressible(scores: pd.DataFrame, name: str | None) -> pd.DataFrame:
     if name is None:
         return scores
     target_named(name)
-    fits = [why_not(name, row.layer, row.subblock, Variant.parse(row.variant)) is None for row in scores.itertuples()]
+    fits = [
+        all(why_not(name, row.layer, half, variant) is None for half, variant in _halves(row.subblock, row.variant))
+        for row in scores.itertuples()
+    ]
     return scores[fits]
+
+
+def _halves(subblock: str, text: str) -> list[tuple[str, Variant]]:
+    """The subblocks that a row of a table speaks of: one, or both of a `block`."""
+    variant = parse_variant(subblock, text)
+    return [(ATTENTION, variant.attention), (FFN, variant.ffn)] if subblock == BLOCK else [(subblock, variant)]

@@ -51,7 +51,7 @@ def test_a_stage_sees_only_what_it_declares(name):
 
 
 def test_a_command_sees_only_the_keys_it_names():
-    view = declared(composed(), "export", command=("seed",))
+    view = declared(composed(), "export", own=("seed",))
     assert set(view) == {"seed", "out", "data"}
     with pytest.raises(OmegaConfBaseException):
         _ = view.search

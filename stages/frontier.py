@@ -1,0 +1,30 @@
+"""The best score at many limits of one constraint, solved in one process: a table, a picture and the data of a plot."""
+from pathlib import Path
+
+from puzzle_core import plots, search, tables, targets
+from puzzle_core.config import fill, plain, stage
+from puzzle_core.files import write_json
+from puzzle_core.problem import Problem
+from puzzle_core.spec import Scenario
+
+
+@stage("frontier", reads="search")
+def run(cfg):
+    data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
+    scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
+    scores = targets.expressible(scores, cfg.search.export_target)
+    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Scenario, cfg.workload)))
+    name, how = cfg.frontier.constraint, plain(cfg.frontier)
+    del how["constraint"]
+    points = search.frontier(problem, plain(cfg.constraints), name, **how, time_limit_s=settings.time_limit_s)
+    write_json(out / "frontier.json", [point.to_json() for point in points])
+    rows = [{"limit": point.constraints[-1].limit, "score": point.score, "gap": point.gap, **point.predicted()} for point in points]
+    write_json(out / "plots" / "frontier.json", rows)
+    plots.frontier_picture(rows, name, problem.metric, out / "plots" / "frontier.png", f"{problem.metric} lost on {problem.scenario}")
+    proven = sum(point.status == "optimal" for point in points)
+    ends = f"{name} {rows[0]['limit']:.4g} to {rows[-1]['limit']:.4g}, {problem.metric} {points[0].score:.4g} to {points[-1].score:.4g}"
+    print(f"frontier: {len(points)} points, {proven} proven optimal: {ends}; {out}/frontier.json, {out}/plots/frontier.png")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,28 @@
+"""The MIP beside reinforcement learning, greedy and simpler choices: same tables, same constraints; a table and a picture."""
+from pathlib import Path
+
+from puzzle_core import plots, rivals, tables, targets
+from puzzle_core.config import fill, plain, stage
+from puzzle_core.constraints import constraints_from
+from puzzle_core.files import write_json
+from puzzle_core.problem import Problem
+from puzzle_core.spec import Scenario
+
+
+@stage("rivals", reads="search")
+def run(cfg):
+    data, out = Path(cfg.data), Path(cfg.out)
+    scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
+    scores = targets.expressible(scores, cfg.search.export_target)
+    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Scenario, cfg.workload)))
+    constraints = constraints_from(plain(cfg.constraints), problem)
+    entries = rivals.compete(problem, constraints, fill(rivals.Settings, cfg.rivals))
+    write_json(out / "rivals.json", [entry.to_json() for entry in entries])
+    title = ", ".join(map(str, constraints)) or "no constraint"
+    plots.rivals_picture([entry.to_json() for entry in entries], problem.metric, out / "plots" / "rivals.png", title)
+    print(rivals.table(entries, problem.totals_there))
+    print(f"rivals: {title} on {problem.scenario}, total {problem.metric}; {out}/rivals.json, {out}/plots/rivals.png")
+
+
+if __name__ == "__main__":
+    run()
