@@ -43,7 +43,6 @@ class Settings:
     save_every_steps: int | None = None  # of a window in training, to go on from after a kill; None: begin the window again
     memory_gib: float | None = None  # of the device; None: what a GPU has, no limit on a CPU
     compile: bool = False  # the learners' forward and backward; pays on a GPU and long runs
-    plan_only: bool = False
 
     def __post_init__(self):
         if self.calibration_tokens < 1 or self.val_tokens < 1:
