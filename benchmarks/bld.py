@@ -17,12 +17,13 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.machine import ROOT, geometry, matmul_flops_per_s, now, write_results
+from benchmarks.demo import ROOT
+from benchmarks.machine import geometry, matmul_flops_per_s, now, write_results
 from puzzle_core import bld
-from puzzle_core.learners import normalised_mse
+from puzzle_core.learners import is_trained, normalised_mse
 from puzzle_core.parents import Parent, load_parent, pick_device
 from puzzle_core.plan import plan
-from puzzle_core.spec import LINEAR, NO_OP, PARENT, SUBBLOCKS
+from puzzle_core.spec import SUBBLOCKS
 from puzzle_core.subblocks import build_subblock, resolve_space
 from puzzle_core.trace import ParentRun
 from puzzle_core.windows import Captured, Window
@@ -46,7 +47,7 @@ def naive_step_s(parent: Parent, space: dict, batches: list, dtype: torch.dtype,
     device = parent.device
     modules = {
         (layer, s, str(v)): build_subblock(parent, layer, s, v).float().requires_grad_(True)
-        for layer in range(len(parent.layers)) for s in SUBBLOCKS for v in space[s] if v not in (PARENT, NO_OP, LINEAR)
+        for layer in range(len(parent.layers)) for s in SUBBLOCKS for v in space[s] if is_trained(v, closed_form=True)
     }  # fmt: skip
     for module in modules.values():
         for parameter in module.parameters():

@@ -33,6 +33,14 @@ def table(metrics: dict[str, dict]) -> str:
     return cards.table({title: metrics[row] for row, title in ROWS.items()})
 
 
+def save_result(name: str, result: dict) -> Path:
+    """Write docs/results/NAME.json."""
+    path = ROOT / "docs" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=float) + "\n")
+    return path
+
+
 def write_into_readme(section: str, text: str) -> None:
     """Replace what stands between the README's markers of `section`."""
     readme = (ROOT / "README.md").read_text()
@@ -56,8 +64,7 @@ def main() -> None:
         "constraints": {c["name"]: c["limit"] for c in solution["constraints"]},
         "metrics": metrics,
     }
-    (ROOT / "docs" / "results").mkdir(parents=True, exist_ok=True)
-    (ROOT / "docs" / "results" / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_result("demo", result)
     limits = ", ".join(f"{c['name']} {c['limit']:g}" for c in solution["constraints"])
     caption = (
         f"Parent {presets['parent']}, asked for {limits}, workload {result['scenario']} (batch, prompt, generated tokens), "

@@ -2,14 +2,13 @@
 
     python -m benchmarks.families     # runs tests/test_families.py; writes docs/results/families.json and the README
 """
-import json
 import sys
 from collections import Counter
 from importlib.metadata import version
 
 import pytest
 
-from benchmarks.demo import ROOT, write_into_readme
+from benchmarks.demo import ROOT, save_result, write_into_readme
 from puzzle_core.families import FAMILIES, SIZED, Family
 from puzzle_core.spec import ATTENTION, FFN, SUBBLOCKS
 
@@ -63,7 +62,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "laws_held": {name: {f"{s} {k}": laws.held[f, s, k] for f, s, k in cells if f == name} for name in FAMILIES},
     }
-    (ROOT / "docs" / "results" / "families.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_result("families", result)
     write_into_readme("families", table())
 
 

@@ -22,7 +22,7 @@ import xllamacpp
 import yaml
 from safetensors.torch import save_file
 
-from benchmarks.demo import ROOT, machine
+from benchmarks.demo import ROOT, machine, save_result
 from puzzle_core import export_gguf
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.export import SavedChild
@@ -188,7 +188,7 @@ def main(checkpoint: str | None = None) -> None:
         f"load average {result['load_average']:.1f}"
     )
     print(json.dumps(result["agreement"]))
-    (ROOT / "docs" / "results" / "llama_cpp.json").write_text(json.dumps(result, indent=1) + "\n")
+    save_result("llama_cpp", result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What every benchmark says of where it ran, and how it writes its results."""
 import importlib.metadata
-import json
 import platform
 import shlex
 import sys
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.demo import save_result
 from puzzle_core.costs import hardware_name
 
-ROOT = Path(__file__).resolve().parents[1]
 GEOMETRIES = {  # random weights: right for speed, meaningless for quality
     "pico": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16},
@@ -59,7 +58,4 @@ def write_results(name: str, figures: object, device: torch.device) -> Path:
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers")}},
         "figures": figures,
     }
-    path = ROOT / "docs" / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return save_result(name, content)

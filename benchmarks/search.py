@@ -5,7 +5,6 @@
 The instances are synthetic, made here from a seed. The sample library is data/samples/ where there is one, else synthetic
 too: scores and costs shaped like measured ones (docs/search.md), but of no model. Everything runs on one thread.
 """
-import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pulp
 
-from benchmarks.demo import ROOT, machine
+from benchmarks.demo import ROOT, machine, save_result
 from puzzle_core import mip, rivals, search, tables
 from puzzle_core.constraints import constraints_from
 from puzzle_core.problem import Problem
@@ -227,7 +226,7 @@ def main() -> None:
         "command": "python -m benchmarks.search", "machine": machine(), "versions": versions, "sample_library": what,
         "results": {name: {"minimum": floor, **found} for name, (floor, found) in results.items()}, "table": text,
     }  # fmt: skip
-    (ROOT / "docs" / "results" / "search.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=float) + "\n")
+    save_result("search", result)
     print(f"{text}\n\nSample library: {what}. {result['machine']}; ortools {versions['ortools']}, CBC of pulp {versions['pulp']}.")
 
 

@@ -3,7 +3,6 @@
 The only module that knows Hydra and DVC. params.yaml is registered as a Hydra config whose defaults list is its own
 `use:` block, so Hydra and DVC read the same two files and each key lives in exactly one of them.
 """
-import difflib
 import functools
 import inspect
 import sys
@@ -16,6 +15,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from puzzle_core.spec import did_you_mean
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,17 +26,16 @@ def register_params(root: Path = ROOT) -> None:
     for group, name in params["use"].items():
         known = sorted(file.stem for file in (root / "conf" / group).glob("*.yaml"))
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(name, known)
             raise SystemExit(f"params.yaml: no preset '{name}' in conf/{group}/.{hint} Known: {', '.join(known)}.")
     presets = [{group: name} for group, name in params["use"].items()]
     ConfigStore.instance().store(name="params", node={"defaults": [*presets, "_self_"], **params})
 
 
 def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
-    """Top-level config keys that dvc.yaml lists under `params:` of `stage`."""
+    """Top-level config keys that dvc.yaml lists under `params:` of `stage`; none of a command that is no stage."""
     keys = set()
-    for entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["params"]:
+    for entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].get(stage, {}).get("params", []):
         preset = next(iter(entry)) if isinstance(entry, dict) else None
         keys.add(Path(preset).parts[1] if preset else entry.split(".")[0])
     return keys
@@ -46,9 +46,7 @@ def declared(cfg: DictConfig, stage: str, own: tuple[str, ...] = ()) -> DictConf
 
     A command that is no stage names the keys of its `own`; of a stage, it reads what that reads.
     """
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    tracked = declared_keys(stage) if stage in stages else set()
-    view = OmegaConf.masked_copy(cfg, ["data", "out", *tracked, *(key for key in own if key in cfg)])
+    view = OmegaConf.masked_copy(cfg, ["data", "out", *declared_keys(stage), *(key for key in own if key in cfg)])
     OmegaConf.set_struct(view, True)
     OmegaConf.set_readonly(view, True)
     return view
@@ -64,8 +62,7 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     values = plain(node)
     known = inspect.signature(target).parameters
     for key in values.keys() - known.keys():
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(key, known)
         raise ValueError(f"unknown key '{key}' in {node._get_full_key(None)}.{hint} Known: {', '.join(known)}.")
     lacking = [key for key, p in known.items() if p.default is p.empty and key not in values and key not in more]
     if lacking:

@@ -3,6 +3,7 @@
 Nothing of the checkpoint is executed and no model is built: config.json says which subblocks there are, safetensors which
 weights.
 """
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +82,18 @@ class SavedChild:
     def tensor(self, name: str) -> Tensor:
         with safetensors.safe_open(self.files[name], "pt") as tensors:
             return tensors.get_tensor(name)
+
+    def refused_config(self, rope_types: Iterable[str]) -> list[str]:
+        """What of the parent's config engines have no form for: they build silu layers that attend to everything."""
+        config, reasons = self.config, []
+        if config.hidden_act != "silu":
+            reasons.append(f"hidden_act {config.hidden_act} (silu is what engines build)")
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < config.max_position_embeddings:
+            reasons.append(f"sliding_window {window} (engines attend to everything)")
+        if (rope := config.rope_parameters["rope_type"]) not in rope_types:
+            reasons.append(f"rope_type {rope} (known: {', '.join(rope_types)})")
+        return reasons
 
     def refuse_for(self, target: str, more: list[str]) -> None:
         """ValueError that names every layer, subblock and variant that `target` cannot express, and `more` reasons."""

@@ -85,14 +85,7 @@ def _reasons(child: SavedChild) -> list[str]:
         return [f"family {config.model_type} (known: {', '.join(FAMILIES)})"]
     if not child.is_uniform and not family.in_deci:
         reasons.append(f"family {config.model_type} with layers that differ (deci, which llama.cpp has for such, lacks its q and k norms)")
-    if config.hidden_act != "silu":
-        reasons.append(f"hidden_act {config.hidden_act} (silu is written)")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        reasons.append(f"sliding_window {window} (llama.cpp's {config.model_type} attends to everything)")
-    if (scaling := config.rope_parameters["rope_type"]) not in _ROPE:
-        reasons.append(f"rope_type {scaling} (known: {', '.join(_ROPE)})")
-    return reasons
+    return reasons + child.refused_config(_ROPE)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, child: SavedChild) -> None:

@@ -4,11 +4,10 @@ The defaults describe Llama; a family that lays its modules out the same way is 
 Module names are relative to the causal LM (`layers`), to a layer (`module`, `more`, norms) or to a subblock.
 """
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from puzzle_core.spec import ATTENTION, FFN
+from puzzle_core.spec import ATTENTION, FFN, did_you_mean
 
 SIZED = {ATTENTION: ("kv", "window"), FFN: ("w", "e")}  # kinds of variants that have a size, by subblock
 
@@ -144,8 +143,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The descriptor of a transformers `model_type`; ValueError naming the known ones otherwise."""
     if model_type not in FAMILIES:
-        close = difflib.get_close_matches(model_type, FAMILIES, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(model_type, FAMILIES)
         raise ValueError(
             f"unknown model family '{model_type}'.{hint} Known: {', '.join(sorted(FAMILIES))}. "
             "A family with Llama's layout is one line in puzzle_core/families.py."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from puzzle_core.families import Ffn
 from puzzle_core.parents import Parent
-from puzzle_core.spec import FFN, Variant
+from puzzle_core.spec import FFN, LINEAR, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
 from puzzle_core.trace import Call, first
 
@@ -24,6 +24,11 @@ def normalised_mse(child: Tensor, parent: Tensor, per: str = "tensor") -> Tensor
     if per == "token":
         return (error.mean(-1) / size.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
     return error.mean() / size.mean()
+
+
+def is_trained(variant: Variant, closed_form: bool) -> bool:
+    """Whether gradients have anything to do: not for the parent and no_op, nor for linear where the refit is its optimum already."""
+    return variant not in (PARENT, NO_OP) and not (closed_form and variant == LINEAR)
 
 
 class Fan(nn.ModuleList):
@@ -55,7 +60,7 @@ class _Piece:
 
 
 class Learner(nn.Module):
-    """float32 copies of one or several variants of a subblock, computed by one module; `outputs` gives each one's own.
+    """float32 copies of one or several variants of a subblock, computed by one module; calling it gives the output of each.
 
     FFN variants that differ in width are one FFN of all their channels, whose last projection is a `Fan`: one wide
     matrix product where there were many, of which each variant's channels are its own.

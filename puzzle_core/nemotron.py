@@ -64,13 +64,7 @@ def _reasons(child: SavedChild) -> list[str]:
         return [f"family {config.model_type} (known: {', '.join(_FAMILIES)})"]
     if biases := [name for name in child.files if name.endswith(".bias")]:
         reasons.append(f"biases ({biases[0]} and {len(biases) - 1} more)")
-    if config.hidden_act != "silu":
-        reasons.append(f"hidden_act {config.hidden_act} (silu is expected)")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        reasons.append(f"sliding_window {window}")
-    if (rope := config.rope_parameters["rope_type"]) not in _ROPE:
-        reasons.append(f"rope_type {rope} (known: {', '.join(_ROPE)})")
+    reasons += child.refused_config(_ROPE)
     of_parent = [layer for layer in range(child.num_layers) if child.architecture.layers[layer][1] == PARENT]
     if config.intermediate_size % 256 and of_parent:
         layers = ", ".join(map(str, of_parent))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from puzzle_core.learners import is_trained
 from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
-from puzzle_core.spec import LINEAR, NO_OP, PARENT, Variant
+from puzzle_core.spec import NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
 from puzzle_core.surgery import last_projection
 
@@ -24,34 +25,12 @@ class Plan:
     holds_training: bool  # hidden states of the whole budget stay in memory: a window goes on from where the last ended
     num_steps: int  # of all windows
     peak_bytes: int  # of the fullest window
-    trained_params: int
     training_flops: float
     parent_flops: float
-
-    def table(self, flops_per_s: float, num_gpus: int) -> str:
-        """The plan in words, with the days it takes at a given rate on `num_gpus`."""
-        days = (self.training_flops + self.parent_flops) / flops_per_s / num_gpus / 86400
-        rows = {
-            "windows": len(self.windows),
-            "layers of the largest": max(map(len, self.windows)),
-            "parent passes": "one, in parts" if self.holds_training else len(self.windows),
-            "optimizer steps": f"{self.num_steps:,}",
-            "peak memory (GiB)": f"{self.peak_bytes / GIB:,.1f}",
-            "trained parameters": f"{self.trained_params:,}",
-            "FLOPs of the variants": f"{self.training_flops:.3g}",
-            "FLOPs of the parent": f"{self.parent_flops:.3g} ({self.parent_flops / (self.training_flops + self.parent_flops):.0%})",
-            f"days on {num_gpus} GPUs at {flops_per_s / 1e12:,.0f} TFLOP/s": f"{days:,.2f}",
-        }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _matrix_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
-
-
-def _is_trained(variant: Variant) -> bool:
-    return variant not in (PARENT, NO_OP)
 
 
 @dataclass(frozen=True)
@@ -76,14 +55,14 @@ def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear
     flops = 0.0
     hidden = parent.model.config.get_text_config().hidden_size
     for subblock, variant in wanted:
-        if not _is_trained(variant):
+        if variant in (PARENT, NO_OP):
             continue
         module = build_subblock(parent, 0, subblock, variant)
         count = sum(p.numel() for p in module.parameters())
         shell += count
         last = last_projection(module, parent.family.subblock(subblock), variant)
         widest = max(widest, _matrix_params(last) // hidden if last else 0)
-        if variant == LINEAR and closed_form_linear:
+        if not is_trained(variant, closed_form_linear):
             continue
         matrices, of_last = _matrix_params(module), _matrix_params(last) if last else 0
         params += count
@@ -142,7 +121,6 @@ def plan(
         holds_training=holds_training,
         num_steps=num_steps * len(windows),
         peak_bytes=int(fixed + working + max(sum(need[n] for n in window if n in need) for window in windows)),
-        trained_params=sum(layer.params for layer in of_layer.values()),
         training_flops=float(num_steps * tokens * sum(layer.flops_per_token for layer in of_layer.values())),
         parent_flops=float(2 * block * passes * num_steps * tokens),
     )

@@ -5,7 +5,6 @@ variants at once, stacked along the batch. Layers come one after the other, the 
 Shape letters: K variants, B sequences, T tokens of one, D hidden.
 """
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from puzzle_core.parents import Parent
 from puzzle_core.quality import Questions, Text
 from puzzle_core.questions import read_questions
 from puzzle_core.ranks import ALONE, Ranks
-from puzzle_core.spec import PARENT, Variant
+from puzzle_core.spec import PARENT, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 
@@ -55,8 +54,7 @@ class Settings:
     def __post_init__(self):
         for name in self.metrics:
             if name not in TEXT_METRICS:
-                close = difflib.get_close_matches(name, TEXT_METRICS, n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
+                hint = did_you_mean(name, TEXT_METRICS)
                 raise ValueError(f"score.metrics: unknown metric '{name}'.{hint} Known: {', '.join(TEXT_METRICS)}.")
         for name, preset in (self.questions or {}).items():
             if unknown := preset.keys() - {"path", "num_questions", "length_normalised"} or {"path"} - preset.keys():

@@ -2,14 +2,21 @@
 
 Their canonical text forms are the only join keys between tables, file names and configs: `parse(str(v)) == v`.
 """
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 ATTENTION, FFN = "attention", "ffn"
 SUBBLOCKS = (ATTENTION, FFN)
 BLOCK = "block"  # both subblocks of a layer: one row where they are trained, scored or measured together
 OUTSIDE = "outside"  # what is not in a block: embeddings, final norm, LM head. A row of costs, never a choice.
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A hint for an error message, with a space before it: the known name nearest to `name`; "" where none is near."""
+    return "".join(f" Did you mean '{close}'?" for close in difflib.get_close_matches(str(name), known, n=1))
 
 
 @dataclass(frozen=True, order=True)

@@ -1,12 +1,11 @@
 """What each export target can express: rules that the search and the exporters share, so that one never chooses what the
 other must refuse. No torch here.
 """
-import difflib
 from dataclasses import dataclass
 
 import pandas as pd
 
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, Variant, parse_variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, Variant, did_you_mean, parse_variant
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ TARGETS: dict[str, Target] = {
 
 def target_named(name: str) -> Target:
     if name not in TARGETS:
-        close = difflib.get_close_matches(str(name), TARGETS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(name, TARGETS)
         raise ValueError(f"unknown export target '{name}'.{hint} Known: {', '.join(TARGETS)}.")
     return TARGETS[name]
 

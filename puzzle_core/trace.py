@@ -20,7 +20,21 @@ def first(output: Tensor | tuple) -> Tensor:
 
 
 class _Stop(Exception):
-    pass
+    """Raised by a hook that has seen enough."""
+
+
+def _run_hooked(
+    parent: Parent, input_ids_BT: Tensor, hooks: list[RemovableHandle], hidden_BTD: Tensor | None = None, start: int = 0
+) -> None:
+    """Run the model's own forward, without its head, from layer `start` on until a hook raises _Stop; then take the hooks off."""
+    try:
+        with start_at(parent, start, hidden_BTD):
+            parent.model.base_model(input_ids=input_ids_BT, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -43,14 +57,7 @@ def layer_inputs(parent: Parent, input_ids: Tensor, last_layer: int | None = Non
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(parent.layers)]
-    try:
-        parent.model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(parent, input_ids, [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(parent.layers)])
     return hiddens, others
 
 
@@ -89,14 +96,7 @@ def run_layers(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None, 
         outputs.append(first(output))
         raise _Stop
 
-    handle = parent.layers[stop - 1].register_forward_hook(leave)
-    try:
-        with start_at(parent, start, hidden_BTD):
-            parent.model.base_model(input_ids=input_ids_BT, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+    _run_hooked(parent, input_ids_BT, [parent.layers[stop - 1].register_forward_hook(leave)], hidden_BTD, start)
     return outputs[0]
 
 
@@ -109,14 +109,7 @@ def layer_call(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None, 
         calls.append((args, kwargs))
         raise _Stop
 
-    handle = parent.layers[layer].register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with start_at(parent, layer, hidden_BTD):
-            parent.model.base_model(input_ids=input_ids_BT, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+    _run_hooked(parent, input_ids_BT, [parent.layers[layer].register_forward_pre_hook(enter, with_kwargs=True)], hidden_BTD, layer)
     return calls[0]
 
 
@@ -214,9 +207,9 @@ class ParentRun:
                 self.hidden[use][index] = calls[BLOCK].output_BTD
                 yield calls
 
-    def skip(self, layer: int) -> None:
-        """Move every batch past a layer that has nothing left to learn."""
+    def skip(self, layer: int, *uses: str) -> None:
+        """Move the batches of `uses`, or all, past a layer that has nothing left to learn."""
         with self.parent.present(layer):
-            for use in self.hidden:
+            for use in uses or self.hidden:
                 for _ in self.advance(layer, use):
                     pass

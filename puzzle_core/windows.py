@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from puzzle_core import surgery
 from puzzle_core.files import atomic, fingerprint
-from puzzle_core.learners import Learner, alone, normalised_mse, together
+from puzzle_core.learners import Learner, alone, is_trained, normalised_mse, together
 from puzzle_core.parents import Parent
 from puzzle_core.schedule import lr_factor
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, Variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, SUBBLOCKS, Variant
 from puzzle_core.subblocks import build_subblock, num_params, swapped
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
 
@@ -96,6 +96,16 @@ class Trainee:
     outcome: str = "untrained"
 
 
+@dataclass(frozen=True)
+class Group:
+    """The trainees of one subblock that one learner computes, in the learner's order."""
+
+    layer: int
+    subblock: str
+    learner: Learner
+    trainees: list[Trainee]
+
+
 class Window:
     """The variants of some consecutive layers: initialised, trained beside each other, measured, written."""
 
@@ -104,7 +114,7 @@ class Window:
         self.first_val = list(run.hidden["val"])
         self.kv_calls: dict[int, Call] = {}
         self.trainees = [trainee for layer in layers for trainee in self._initialise([job for job in here if job.layer == layer], layer)]
-        self.learners = self._learners() if num_steps else {}
+        self.groups = [group for layer in layers for group in self._groups(layer)] if num_steps else []
         self.state_file = blocks.with_name(".bld") / f"{layers.start}-{layers.stop}.pt"
         self.state_of = fingerprint(*(job.fingerprint for job in here), num_steps)
 
@@ -138,27 +148,23 @@ class Window:
             )
         return loss
 
-    def _learners(self) -> dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]]:
-        """What trains, by layer and subblock: FFN variants together where their own outputs are what counts, others alone."""
-        learners: dict[int, dict[str, list[tuple[Learner, list[Trainee]]]]] = {}
-        for layer in self.layers:
-            # A refitted linear variant is at its optimum already; the parent and no_op have nothing to train.
-            finished = (PARENT, NO_OP, *([LINEAR] if self.settings.ridge is not None else []))
-            some = [t for t in self.trainees if t.job.layer == layer and t.job.variant not in finished]
-            of_width = [t for t in some if t.job.variant.kind == "w"]
-            fused = None
-            if len(of_width) > 1 and self.settings.target == "subblock":
-                widths = [t.job.variant.size for t in of_width]
-                fused = together(self.run.parent, layer, widths, [t.module for t in of_width])
-            found = [(FFN, fused, of_width)] if fused else []
-            found += [(t.job.subblock, alone(t.module), [t]) for t in some if not (fused and t in of_width)]
-            learners[layer] = {s: [(learner, some) for subblock, learner, some in found if subblock == s] for s in (ATTENTION, FFN)}
-        return learners
+    def _groups(self, layer: int) -> list[Group]:
+        """What trains in `layer`: FFN variants together where their own outputs are what counts, others alone; attention first."""
+        closed_form = self.settings.ridge is not None
+        some = [t for t in self.trainees if t.job.layer == layer and is_trained(t.job.variant, closed_form)]
+        of_width = [t for t in some if t.job.variant.kind == "w"]
+        fused = None
+        if len(of_width) > 1 and self.settings.target == "subblock":
+            widths = [t.job.variant.size for t in of_width]
+            fused = together(self.run.parent, layer, widths, [t.module for t in of_width])
+        groups = [Group(layer, FFN, fused, of_width)] if fused else []
+        groups += [Group(layer, t.job.subblock, alone(t.module), [t]) for t in some if not (fused and t in of_width)]
+        return sorted(groups, key=lambda group: SUBBLOCKS.index(group.subblock))
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def _each(self) -> list[tuple[int, str, Learner, list[Trainee]]]:
-        return [(layer, s, learner, some) for layer, of in self.learners.items() for s, found in of.items() for learner, some in found]
+    def _in(self, layer: int) -> list[Group]:
+        return [group for group in self.groups if group.layer == layer]
 
     def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call], compiled: bool = False) -> list[Tensor]:
         """The loss of each variant of `learner` on one batch, against what `bld.target` names."""
@@ -173,16 +179,15 @@ class Window:
         self.optimizer.zero_grad(set_to_none=True)
         for layer, calls in self.run.through(self.layers, hidden_BTD):
             hidden_BTD = calls[BLOCK].output_BTD
-            for subblock, found in self.learners[layer].items():
-                for learner, _ in found:
-                    torch.stack(self._losses(learner, layer, subblock, calls, self.settings.compile)).sum().backward()
+            for group in self._in(layer):
+                torch.stack(self._losses(group.learner, layer, group.subblock, calls, self.settings.compile)).sum().backward()
         self._clip()
         self.optimizer.step()
         return hidden_BTD
 
     def _clip(self) -> None:
         """Scale each variant's gradient down to the norm `bld.grad_clip`."""
-        gradients = [learner.gradients(index) for _, _, learner, some in self._each() for index in range(len(some))]
+        gradients = [group.learner.gradients(index) for group in self.groups for index in range(len(group.trainees))]
         norms = torch.stack(torch._foreach_norm([gradient for of_one in gradients for gradient in of_one]))
         totals = torch.stack([part.square().sum() for part in norms.split([len(of_one) for of_one in gradients])]).sqrt()
         for of_one, scale in zip(gradients, (self.settings.grad_clip / (totals + 1e-6)).clamp(max=1.0), strict=True):
@@ -190,12 +195,11 @@ class Window:
 
     def train(self, batches: list, progress: tqdm) -> dict[Job, dict]:
         """Train on [B, T] token `batches`, write every variant's file; the library rows."""
-        if self._each():
+        if self.groups:
             self._learn(batches, progress)
         elif "train" in self.run.hidden:
             for layer in self.layers:
-                for _ in self.run.advance(layer, "train"):
-                    pass
+                self.run.skip(layer, "train")
         rows = {trainee.job: _save(trainee, self.run.parent, self.kv_calls[trainee.job.layer], self.blocks) for trainee in self.trainees}
         self.state_file.unlink(missing_ok=True)
         return rows
@@ -203,7 +207,7 @@ class Window:
     def make_optimizer(self) -> torch.optim.AdamW:
         """One for all: AdamW is elementwise, so each variant's weights go their own way in it. Its rate is a tensor, to be set."""
         device = self.run.parent.device
-        parameters = [p for _, _, learner, _ in self._each() for p in learner.parameters()]
+        parameters = [p for group in self.groups for p in group.learner.parameters()]
         rate = torch.tensor(self.settings.lr, device=device)
         return torch.optim.AdamW(
             parameters, lr=rate, weight_decay=self.settings.weight_decay, fused=True, capturable=device.type == "cuda"
@@ -215,10 +219,10 @@ class Window:
         done = self._restore()
         rate = self.optimizer.param_groups[0]["lr"]  # restoring puts another tensor in its place
         step, stopped_at = Captured(self.step) if device.type == "cuda" else self.step, {}
-        held, last = self.run.hidden.get("train"), {t.job: t.loss_before for t in self.trainees}
+        held, last = self.run.hidden.get("train"), {t.job: t.loss_before for t in self._trained()}
         for index, batch in enumerate(batches):
             hidden = held[index] if held else self.run.enter(torch.as_tensor(batch, device=device), self.layers.start)
-            if index < done or len(stopped_at) == len(self._trained()):
+            if index < done or len(stopped_at) == len(last):
                 out = self._pass(hidden) if held else None
             else:
                 rate.fill_(settings.lr * lr_factor(index, self.num_steps, settings.warmup_fraction))
@@ -239,7 +243,7 @@ class Window:
         return hidden_BTD
 
     def _trained(self) -> list[Trainee]:
-        return [trainee for _, _, _, some in self._each() for trainee in some]
+        return [trainee for group in self.groups for trainee in group.trainees]
 
     @torch.no_grad()
     def _evaluate(self) -> dict[Job, float]:
@@ -247,29 +251,29 @@ class Window:
         losses: dict[Job, list[Tensor]] = {trainee.job: [] for trainee in self._trained()}
         for hidden_BTD in self.first_val:
             for layer, calls in self.run.through(self.layers, hidden_BTD):
-                for subblock, found in self.learners[layer].items():
-                    for learner, some in found:
-                        for trainee, loss in zip(some, self._losses(learner, layer, subblock, calls), strict=True):
-                            losses[trainee.job].append(loss)
+                for group in self._in(layer):
+                    of_group = self._losses(group.learner, layer, group.subblock, calls)
+                    for trainee, loss in zip(group.trainees, of_group, strict=True):
+                        losses[trainee.job].append(loss)
         return {job: torch.stack(some).mean().item() for job, some in losses.items()}
 
     def _stop_settled(self, step: int, last: dict[Job, float], stopped_at: dict[Job, int]) -> None:
         """Take the weights of each variant whose loss has settled. What computes it goes on until all in its window have."""
         now = self._evaluate()
-        for _, _, learner, some in self._each():
-            for index, trainee in enumerate(some):
+        for group in self.groups:
+            for index, trainee in enumerate(group.trainees):
                 job = trainee.job
                 if job not in stopped_at and not now[job] < last[job] * (1 - self.settings.settled):
                     stopped_at[job] = step
-                    self._take(learner, index, trainee, now[job], "settled")
+                    self._take(group.learner, index, trainee, now[job], "settled")
         last.update(now)
 
     def _finish(self, stopped_at: dict[Job, int], tokens_per_step: int) -> None:
         now = self._evaluate()
-        for _, _, learner, some in self._each():
-            for index, trainee in enumerate(some):
+        for group in self.groups:
+            for index, trainee in enumerate(group.trainees):
                 if trainee.job not in stopped_at:
-                    self._take(learner, index, trainee, now[trainee.job], "trained")
+                    self._take(group.learner, index, trainee, now[trainee.job], "trained")
                 trainee.num_tokens = stopped_at.get(trainee.job, self.num_steps) * tokens_per_step
 
     def _take(self, learner: Learner, index: int, trainee: Trainee, loss: float, outcome: str) -> None:
@@ -284,7 +288,7 @@ class Window:
     # -------------------------------------------------------------------------------------------- a killed window
 
     def _keep(self, step: int) -> None:
-        weights = [learner.state_dict() for _, _, learner, _ in self._each()]
+        weights = [group.learner.state_dict() for group in self.groups]
         with atomic(self.state_file) as part:
             torch.save({"of": self.state_of, "step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}, part)
 
@@ -295,8 +299,8 @@ class Window:
         state = torch.load(self.state_file, map_location=self.run.parent.device)
         if state["of"] != self.state_of:
             return 0
-        for (_, _, learner, _), weights in zip(self._each(), state["weights"], strict=True):
-            learner.load_state_dict(weights)
+        for group, weights in zip(self.groups, state["weights"], strict=True):
+            group.learner.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         return state["step"]
 

@@ -186,6 +186,15 @@ def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(name, tmp_path)
         torch.testing.assert_close(llama_cpp.next(text), llama_cpp.next(tokenizer(text).input_ids), atol=1e-4, rtol=0)
 
 
+def refused(exporter, layers, changes: dict, words: tuple[str, ...], tmp_path) -> None:
+    """`exporter` refuses the child of these layers by name, in these words, and leaves nothing behind."""
+    _, export = saved(tmp_path, layers, **changes)
+    with pytest.raises(ValueError, match=f"cannot be exported to {exporter.TARGET}") as raised:
+        exporter.write(export, tmp_path / "out" / "child", "float16")
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert not (tmp_path / "out").exists()
+
+
 REFUSED_BY_GGUF = {
     "linear": ((P, "linear linear", P, P), {}, ("layer 1 attention linear", "layer 1 ffn linear")),
     "linear in several layers": ((P, "parent linear", P, "kv1 linear"), {}, ("layer 1, 3 ffn linear",)),
@@ -199,12 +208,7 @@ REFUSED_BY_GGUF = {
 
 @pytest.mark.parametrize("name", REFUSED_BY_GGUF)
 def test_what_llama_cpp_has_no_form_for_is_refused_by_name(name, tmp_path):
-    layers, changes, words = REFUSED_BY_GGUF[name]
-    _, export = saved(tmp_path, layers, **changes)
-    with pytest.raises(ValueError, match="cannot be exported to gguf") as raised:
-        export_gguf.write(export, tmp_path / "out" / "child.gguf", "float16")
-    assert all(word in str(raised.value) for word in words), raised.value
-    assert not (tmp_path / "out").exists()
+    refused(export_gguf, *REFUSED_BY_GGUF[name], tmp_path)
 
 
 def test_a_tokenizer_that_gguf_cannot_hold_is_refused_and_leaves_no_file(pico, tmp_path):
@@ -308,12 +312,7 @@ REFUSED_BY_NEMOTRON = {
 
 @pytest.mark.parametrize("name", REFUSED_BY_NEMOTRON)
 def test_what_nemotron_nas_has_no_form_for_is_refused_by_name(name, tmp_path):
-    layers, changes, words = REFUSED_BY_NEMOTRON[name]
-    _, export = saved(tmp_path, layers, **changes)
-    with pytest.raises(ValueError, match="cannot be exported to nemotron-nas") as raised:
-        nemotron.write(export, tmp_path / "out" / "child", "float16")
-    assert all(word in str(raised.value) for word in words), raised.value
-    assert not (tmp_path / "out").exists()
+    refused(nemotron, *REFUSED_BY_NEMOTRON[name], tmp_path)
 
 
 # Llama-3_3-Nemotron-Super-49B-v1 as published, runs of equal layers: how many, with attention, FFN multipliers.

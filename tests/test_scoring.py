@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_ranks import in_two_processes
 from torch import nn
 
-from benchmarks import machine
+from benchmarks import demo
 from benchmarks import scoring as benchmark
 from puzzle_core import evaluation, ranks, scoring, tables
 from puzzle_core.children import make_child
@@ -272,7 +272,7 @@ def test_of_a_long_prompt_the_end_is_kept(pico):
 
 
 def test_the_benchmark_scores_as_full_forward_passes_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr(benchmark, "matmul_flops_per_s", lambda device, dtype: 1e11)  # slow to measure, and not what is tested
     arguments = ["--parents", "pico", "--dtype", "float32", "--tokens", "256", "--seq-len", "32", "--batch-size", "4", "--layers", "2"]
     for memory in ([], ["--memory-gib", "0.0005"]):
