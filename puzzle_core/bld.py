@@ -55,7 +55,14 @@ def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings
     """Train the missing variants, window by window; the rows of their files."""
     shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
     budgets = {"calibration": settings.calibration_tokens, "train": settings.train_tokens, "val": settings.val_tokens}
-    planned = plan(parent, [(job.layer, job.subblock, job.variant) for job in missing], budgets, memory_gib=settings.memory_gib, **shape)
+    planned = plan(
+        parent,
+        [(job.layer, job.subblock, job.variant) for job in missing],
+        budgets,
+        memory_gib=settings.memory_gib,
+        closed_form_linear=settings.ridge is not None,
+        **shape,
+    )
     batches = {
         "calibration": corpus.batches("train", settings.calibration_tokens, seed=f"bld-calibration-{seed}", **shape),
         "train": corpus.batches("train", settings.train_tokens, seed=f"bld-{seed}", **shape),
