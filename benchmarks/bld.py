@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.demo import ROOT
-from benchmarks.machine import geometry, matmul_flops_per_s, now, write_results
+from benchmarks.machine import matmul_flops_per_s, now, random_parent, write_results
 from puzzle_core import bld
 from puzzle_core.learners import is_trained, normalised_mse
-from puzzle_core.parents import Parent, load_parent, pick_device
+from puzzle_core.parents import Parent, pick_device
 from puzzle_core.plan import plan
 from puzzle_core.spec import SUBBLOCKS
 from puzzle_core.subblocks import build_subblock, resolve_space
@@ -148,7 +148,7 @@ def main() -> None:
             continue
         name = str(dtype).removeprefix("torch.")
         rate[name] = matmul_flops_per_s(device, dtype)
-        parent = load_parent("random", dtype=name, device=device, config=geometry(options.parent))
+        parent = random_parent(options.parent, name, device)
         space = resolve_space(yaml.safe_load(Path(options.space).read_text()), parent.model.config, parent.family)
         settings = bld.Settings(
             options.seq_len, options.batch_size, 8 * tokens, 20 * tokens, 2 * tokens, [0.001, 0.1], 1e-4, 0.1, 0.0, 1.0,

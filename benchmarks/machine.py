@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.demo import save_result
 from puzzle_core.costs import hardware_name
+from puzzle_core.parents import Parent, load_parent
 
 GEOMETRIES = {  # random weights: right for speed, meaningless for quality
     "pico": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -28,6 +29,12 @@ GEOMETRIES = {  # random weights: right for speed, meaningless for quality
 def geometry(name: str) -> dict:
     """The config of a Llama of that geometry."""
     return {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": True, **GEOMETRIES[name]}
+
+
+def random_parent(name: str, dtype: str, device: torch.device) -> Parent:
+    """A parent of that geometry, its weights drawn on `device` itself: a CPU takes a minute for a billion of them."""
+    with device:
+        return load_parent("random", dtype=dtype, device=device, config=geometry(name))
 
 
 def now(device: torch.device) -> float:

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import geometry, matmul_flops_per_s, now, write_results
-from puzzle_core.parents import Parent, load_parent, pick_device
+from benchmarks.machine import matmul_flops_per_s, now, random_parent, write_results
+from puzzle_core.parents import Parent, pick_device
 from puzzle_core.quality import Text
 from puzzle_core.scoring import Scorer
 from puzzle_core.spec import PARENT, SUBBLOCKS
@@ -98,7 +98,7 @@ def bytes_per_s(device: torch.device) -> float:
 
 def measure(name: str, options: argparse.Namespace, device: torch.device, rate: float, bandwidth: float) -> tuple[dict, list[dict]]:
     """The figures of one geometry, and those of each of its sampled variants."""
-    parent = load_parent("random", dtype=options.dtype, device=device, config=geometry(name))
+    parent = random_parent(name, options.dtype, device)
     batches = random_tokens(parent, options.tokens, options.seq_len, options.batch_size)
     num_tokens, num_layers = sum(ids.numel() for ids in batches), len(parent.layers)
     layers = sorted(set(np.linspace(0, num_layers - 1, min(options.layers, num_layers)).round().astype(int).tolist()))
