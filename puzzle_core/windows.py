@@ -215,26 +215,25 @@ class Window:
 
     def _learn(self, batches: list, progress: tqdm) -> None:
         settings, device = self.settings, self.run.parent.device
-        self.optimizer = self.make_optimizer()
+        self.optimizer, self.last, self.stopped_at = self.make_optimizer(), {t.job: t.loss_before for t in self._trained()}, {}
         done = self._restore()
         rate = self.optimizer.param_groups[0]["lr"]  # restoring puts another tensor in its place
-        step, stopped_at = Captured(self.step) if device.type == "cuda" else self.step, {}
-        held, last = self.run.hidden.get("train"), {t.job: t.loss_before for t in self._trained()}
+        step, held = Captured(self.step) if device.type == "cuda" else self.step, self.run.hidden.get("train")
         for index, batch in enumerate(batches):
             hidden = held[index] if held else self.run.enter(torch.as_tensor(batch, device=device), self.layers.start)
-            if index < done or len(stopped_at) == len(last):
+            if index < done or len(self.stopped_at) == len(self.last):
                 out = self._pass(hidden) if held else None
             else:
                 rate.fill_(settings.lr * lr_factor(index, self.num_steps, settings.warmup_fraction))
                 out = step(hidden)
+                if settings.settled is not None and (index + 1) % settings.eval_every_steps == 0:
+                    self._stop_settled(index + 1)
                 if settings.save_every_steps and (index + 1) % settings.save_every_steps == 0 and index + 1 < len(batches):
                     self._keep(index + 1)
-                if settings.settled is not None and (index + 1) % settings.eval_every_steps == 0:
-                    self._stop_settled(index + 1, last, stopped_at)
             if held:
                 held[index] = out
             progress.update()
-        self._finish(stopped_at, batches[0].size)
+        self._finish(batches[0].size)
 
     def _pass(self, hidden_BTD: Tensor) -> Tensor:
         """The batch moved past the window, nothing learnt."""
@@ -257,24 +256,24 @@ class Window:
                         losses[trainee.job].append(loss)
         return {job: torch.stack(some).mean().item() for job, some in losses.items()}
 
-    def _stop_settled(self, step: int, last: dict[Job, float], stopped_at: dict[Job, int]) -> None:
+    def _stop_settled(self, step: int) -> None:
         """Take the weights of each variant whose loss has settled. What computes it goes on until all in its window have."""
         now = self._evaluate()
         for group in self.groups:
             for index, trainee in enumerate(group.trainees):
                 job = trainee.job
-                if job not in stopped_at and not now[job] < last[job] * (1 - self.settings.settled):
-                    stopped_at[job] = step
+                if job not in self.stopped_at and not now[job] < self.last[job] * (1 - self.settings.settled):
+                    self.stopped_at[job] = step
                     self._take(group.learner, index, trainee, now[job], "settled")
-        last.update(now)
+        self.last = now
 
-    def _finish(self, stopped_at: dict[Job, int], tokens_per_step: int) -> None:
+    def _finish(self, tokens_per_step: int) -> None:
         now = self._evaluate()
         for group in self.groups:
             for index, trainee in enumerate(group.trainees):
-                if trainee.job not in stopped_at:
+                if trainee.job not in self.stopped_at:
                     self._take(group.learner, index, trainee, now[trainee.job], "trained")
-                trainee.num_tokens = stopped_at.get(trainee.job, self.num_steps) * tokens_per_step
+                trainee.num_tokens = self.stopped_at.get(trainee.job, self.num_steps) * tokens_per_step
 
     def _take(self, learner: Learner, index: int, trainee: Trainee, loss: float, outcome: str) -> None:
         """Let the trained weights be the variant's, unless those it began with were better."""
@@ -288,12 +287,24 @@ class Window:
     # -------------------------------------------------------------------------------------------- a killed window
 
     def _keep(self, step: int) -> None:
-        weights = [group.learner.state_dict() for group in self.groups]
+        stopped = {
+            str(t.job): (self.stopped_at[t.job], t.loss_after, t.outcome, t.module.state_dict())
+            for t in self._trained()
+            if t.job in self.stopped_at
+        }
+        state = {
+            "of": self.state_of,
+            "step": step,
+            "weights": [group.learner.state_dict() for group in self.groups],
+            "optimizer": self.optimizer.state_dict(),
+            "last": {str(job): loss for job, loss in self.last.items()},
+            "stopped": stopped,
+        }
         with atomic(self.state_file) as part:
-            torch.save({"of": self.state_of, "step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}, part)
+            torch.save(state, part)
 
     def _restore(self) -> int:
-        """Steps already done, by a run that was killed."""
+        """Steps already done, by a run that was killed; what had settled by then stays so."""
         if not self.state_file.exists():
             return 0
         state = torch.load(self.state_file, map_location=self.run.parent.device)
@@ -302,6 +313,11 @@ class Window:
         for group, weights in zip(self.groups, state["weights"], strict=True):
             group.learner.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        for trainee in self._trained():
+            self.last[trainee.job] = state["last"][str(trainee.job)]
+            if str(trainee.job) in state["stopped"]:
+                self.stopped_at[trainee.job], trainee.loss_after, trainee.outcome, weights = state["stopped"][str(trainee.job)]
+                trainee.module.load_state_dict(weights)
         return state["step"]
 
 

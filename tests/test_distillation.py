@@ -179,15 +179,16 @@ def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_p
     pd.testing.assert_frame_equal(tables_of[0], tables_of[2])
 
 
-def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch):
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, SETTINGS, 0, corpus)
-    settings = replace(SETTINGS, save_every_steps=3)
+@pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 3, 8, 6)])
+def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch, settled, layer, killed_at, saved_at):
+    settings = replace(SETTINGS, save_every_steps=3, eval_every_steps=1, settled=settled)
+    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, settings, 0, corpus)
     whole, _ = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "whole" / "blocks")
     step, taken = windows.Window.step, []
 
     def killed(self, hidden):
         taken.append(self.layers.start)
-        if taken.count(1) == 5:
+        if taken.count(layer) == killed_at:
             raise KeyboardInterrupt
         return step(self, hidden)
 
@@ -197,7 +198,8 @@ def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path
     taken.clear()
     monkeypatch.setattr(windows.Window, "step", lambda self, hidden: (taken.append(self.layers.start), step(self, hidden))[1])
     resumed, made = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
-    assert made == 6 and taken.count(1) == 8 - 3
+    assert made == 2 * (4 - layer) and taken.count(layer) == 8 - saved_at
+    assert settled is None or saved_at * 256 in set(whole[whole.outcome == "settled"].num_tokens), "none had settled when it was killed"
     pd.testing.assert_frame_equal(resumed, whole)
     for name in whole.path:
         assert (tmp_path / "blocks" / name).read_bytes() == (tmp_path / "whole" / "blocks" / name).read_bytes()
