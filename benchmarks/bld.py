@@ -87,7 +87,7 @@ def peak_gib() -> float:
 def our_steps(parent: Parent, space: dict, settings: bld.Settings, repeats: int) -> dict[str, float]:
     """Seconds a step over all layers, and seconds to initialise and refit them, from the first, middle and last layer."""
     corpus = RandomTokens(parent.model.config.vocab_size)
-    jobs = bld.jobs(parent, space, settings, 0, corpus)
+    jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus)
     budgets = {"calibration": settings.calibration_tokens, "val": settings.val_tokens, "train": settings.train_tokens}
     batches = {use: corpus.batches(use, tokens, settings.seq_len, settings.batch_size, use) for use, tokens in budgets.items()}
     num_layers, steps, closed = len(parent.layers), [], []
@@ -118,7 +118,7 @@ def our_steps(parent: Parent, space: dict, settings: bld.Settings, repeats: int)
 def whole_run(parent: Parent, space: dict, settings: bld.Settings) -> dict:
     """All of `train_library` on a short budget: its time and its peak memory beside what the plan said."""
     corpus = RandomTokens(parent.model.config.vocab_size)
-    jobs = bld.jobs(parent, space, settings, 0, corpus)
+    jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus)
     budgets = {"calibration": settings.calibration_tokens, "train": settings.train_tokens, "val": settings.val_tokens}
     wanted = [(job.layer, job.subblock, job.variant) for job in jobs]
     planned = plan(parent, wanted, budgets, settings.seq_len, settings.batch_size, settings.memory_gib)
@@ -154,7 +154,8 @@ def main() -> None:
             options.seq_len, options.batch_size, 8 * tokens, 20 * tokens, 2 * tokens, [0.001, 0.1], 1e-4, 0.1, 0.0, 1.0,
             compile=options.compile, memory_gib=options.memory_gib,
         )  # fmt: skip
-        wanted = [(job.layer, job.subblock, job.variant) for job in bld.jobs(parent, space, settings, 0, RandomTokens(2))]
+        jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, RandomTokens(2))
+        wanted = [(job.layer, job.subblock, job.variant) for job in jobs]
         a_step = plan(parent, wanted, {"calibration": 0, "train": tokens, "val": 0}, options.seq_len, options.batch_size, None)
         flops = a_step.training_flops + a_step.parent_flops
         ours = our_steps(parent, space, settings, options.repeats)

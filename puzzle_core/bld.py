@@ -23,12 +23,15 @@ from puzzle_core.windows import Job, Settings, Window
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
 
 
-def jobs(parent: Parent, space: dict[str, list[Variant]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
-    """Every row of the library, layer by layer. A row's fingerprint does not depend on which other rows there are."""
+def jobs(parent: Parent, spaces: list[dict[str, list[Variant]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
+    """Every row of the library, layer by layer, from the variants by subblock of each layer.
+
+    A row's fingerprint does not depend on which other rows there are.
+    """
     shared = (VERSION, seed, settings.determining(), parent.identity, corpus.fingerprint)
     return [
         Job(layer, subblock, variant, fingerprint(*shared, layer, subblock, str(variant)))
-        for layer in range(len(parent.layers))
+        for layer, space in enumerate(spaces)
         for subblock, variants in space.items()
         for variant in variants
     ]

@@ -1,6 +1,7 @@
 """Subblocks: which variants a parent can have, and building, swapping, counting and loading one."""
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,36 +16,77 @@ from transformers.modeling_utils import local_torch_dtype
 from puzzle_core import modeling_puzzle
 from puzzle_core.families import SIZED, Family
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Variant
+from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Variant, did_you_mean
 
 _IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}  # our subblocks as per_layer_config's `skip` names them
 
 
-def resolve_space(space: dict[str, list[str]], config: PreTrainedConfig, family: Family) -> dict[str, list[Variant]]:
-    """The variants of each subblock, `w50%` and the like turned into sizes of this parent, the parent itself first.
+def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> list[dict[str, list[Variant]]]:
+    """The variants that each layer may have of each subblock, the parent first; `w50%` and the like turned into sizes.
 
-    A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to the next divisor below. A share
-    that comes to the parent's own size is the parent.
-    ValueError for a variant this parent cannot have.
+    `space` is a preset of conf/search_space/: lists of variants by subblock, and under `layers` ("0", "3-5", "1,7-9") the
+    lists that some layers have instead. A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to
+    the next divisor below. A share that comes to the parent's own size is the parent.
+    ValueError for a variant this parent cannot have, and for a layer it has not.
     """
-    resolved = {}
-    for subblock in SUBBLOCKS:
-        resolved[subblock] = [PARENT]
-        kinds = [kind for kind in SIZED[subblock] if kind in family.size_keys] + ["linear", "no_op", "parent"]
-        for text in map(str, space[subblock]):
-            kind = text.rstrip("%.0123456789") if text.endswith("%") else Variant.parse(text).kind
-            if kind not in kinds:
-                raise ValueError(
-                    f"search_space.{subblock}: '{text}' is not a variant of {subblock} in {config.model_type} parents; "
-                    f"known kinds: {', '.join(kinds)}"
-                )
-            variant = _resolve(text, kind, config, family)
-            if variant not in resolved[subblock]:
-                resolved[subblock].append(variant)
-    return resolved
+    everywhere = {key: value for key, value in space.items() if key != "layers"}
+    if lacking := set(SUBBLOCKS) - everywhere.keys():
+        raise ValueError(f"search_space lacks {', '.join(sorted(lacking))}: a list of variants, [] where every layer keeps the parent's")
+    _check_subblocks("search_space", everywhere)
+    lists = [{s: (f"search_space.{s}", some) for s, some in everywhere.items()} for _ in range(config.num_hidden_layers)]
+    changed = set()
+    for text, own in (space.get("layers") or {}).items():
+        _check_subblocks(f"search_space.layers.{text}", own)
+        for layer in _layers_named(str(text), len(lists)):
+            for subblock, some in own.items():
+                if (layer, subblock) in changed:
+                    raise ValueError(f"search_space.layers.{text}.{subblock}: layer {layer} has a list of its own already; give it one")
+                changed.add((layer, subblock))
+                lists[layer][subblock] = f"search_space.layers.{text}.{subblock}, layer {layer}", some
+    return [{s: _resolved(*lists_of[s], s, config, family) for s in SUBBLOCKS} for lists_of in lists]
 
 
-def _resolve(text: str, kind: str, config: PreTrainedConfig, family: Family) -> Variant:
+def resolve_space(space: dict, config: PreTrainedConfig, family: Family) -> dict[str, list[Variant]]:
+    """The variants that any layer may have of each subblock, each once, the parent first; as `resolve_layers` reads `space`."""
+    layers = resolve_layers(space, config, family)
+    return {s: list(dict.fromkeys(variant for layer in layers for variant in layer[s])) for s in SUBBLOCKS}
+
+
+def _check_subblocks(where: str, lists: dict) -> None:
+    for key in lists.keys() - set(SUBBLOCKS):
+        raise ValueError(f"{where}: unknown subblock '{key}'.{did_you_mean(key, SUBBLOCKS)} Known: {', '.join(SUBBLOCKS)}.")
+
+
+def _layers_named(text: str, num_layers: int) -> list[int]:
+    """`1,7-9` as the layers 1, 7, 8, 9."""
+    layers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        some = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not some or some[-1] >= num_layers:
+            raise ValueError(
+                f"search_space.layers: '{text}' names no layers of this parent; expected for example 0 or 1,7-9, below {num_layers}"
+            )
+        layers += some
+    return layers
+
+
+def _resolved(where: str, texts: list[str], subblock: str, config: PreTrainedConfig, family: Family) -> list[Variant]:
+    variants = [PARENT]
+    kinds = [kind for kind in SIZED[subblock] if kind in family.size_keys] + ["linear", "no_op", "parent"]
+    for text in map(str, texts):
+        kind = text.rstrip("%.0123456789") if text.endswith("%") else Variant.parse(text).kind
+        if kind not in kinds:
+            raise ValueError(
+                f"{where}: '{text}' is not a variant of {subblock} in {config.model_type} parents; known kinds: {', '.join(kinds)}"
+            )
+        variant = _resolve(where, text, kind, config, family)
+        if variant not in variants:
+            variants.append(variant)
+    return variants
+
+
+def _resolve(where: str, text: str, kind: str, config: PreTrainedConfig, family: Family) -> Variant:
     if kind not in family.size_keys:
         return Variant.parse(text)
     whole = family.whole_size(kind, config)
@@ -64,7 +106,7 @@ def _resolve(text: str, kind: str, config: PreTrainedConfig, family: Family) -> 
         variant = Variant.parse(text)
     if variant.size not in sizes:
         expected = f"one of {sizes}" if kind == "kv" else f"between {least} and {whole - 1}"
-        raise ValueError(f"variant '{text}' does not fit this parent, whose {family.size_keys[kind]} is {whole}; expected {expected}")
+        raise ValueError(f"{where}: '{text}' does not fit this parent, whose {family.size_keys[kind]} is {whole}; expected {expected}")
     return variant
 
 

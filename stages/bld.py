@@ -6,7 +6,7 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
 from puzzle_core.parents import load_parent, pick_device
-from puzzle_core.subblocks import resolve_space
+from puzzle_core.subblocks import resolve_layers
 
 
 @stage("bld")
@@ -15,8 +15,8 @@ def run(cfg):
     with lock(out, "bld"):
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.parent.get("device", "auto")), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        space = resolve_space(plain(cfg.search_space), parent.model.config, parent.family)
-        jobs = bld.jobs(parent, space, settings, cfg.seed, corpus)
+        spaces = resolve_layers(plain(cfg.search_space), parent.model.config, parent.family)
+        jobs = bld.jobs(parent, spaces, settings, cfg.seed, corpus)
         library, num_made = bld.train_library(parent, jobs, corpus, settings, cfg.seed, out / "blocks")
         tables.write("library", library, out / "library.parquet")
     print(f"bld: {num_made} variants made, {len(library) - num_made} kept; {out}/library.parquet")

@@ -14,7 +14,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
 from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
-from puzzle_core.subblocks import build_subblock, load_weights, resolve_space
+from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space
 
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 SCORE = scoring.Settings(256, 64, 4, ["kl", "lm_loss"])
@@ -30,8 +30,7 @@ def corpus(pico) -> Corpus:
 @pytest.fixture(scope="session")
 def library(pico, corpus, tmp_path_factory):
     blocks = tmp_path_factory.mktemp("library") / "blocks"
-    space = resolve_space(SPACE, pico.model.config, pico.family)
-    jobs = bld.jobs(pico, space, SETTINGS, 0, corpus)
+    jobs = bld.jobs(pico, resolve_layers(SPACE, pico.model.config, pico.family), SETTINGS, 0, corpus)
     table, _ = bld.train_library(pico, jobs, corpus, SETTINGS, 0, blocks)
     return tables.check("library", table), blocks, jobs
 
@@ -98,7 +97,7 @@ def test_training_lowers_the_loss_of_most_variants_and_no_op_is_one(library):
 
 def test_refitting_lowers_the_loss(pico, corpus, library, tmp_path):
     bare = bld.Settings(64, 4, 1024, 0, 512, None, 1e-3, 0.1, 0.0, 1.0)
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, bare, 0, corpus)
+    jobs = bld.jobs(pico, [{FFN: [Variant("w", 80)]}] * 4, bare, 0, corpus)
     unfitted, _ = bld.train_library(pico, jobs, corpus, bare, 0, tmp_path / "blocks")
     fitted = library[0].query("variant == 'w80'")
     assert (fitted.loss_before.to_numpy() < unfitted.loss_after.to_numpy()).all()
@@ -106,7 +105,7 @@ def test_refitting_lowers_the_loss(pico, corpus, library, tmp_path):
 
 def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, corpus, library, tmp_path):
     table, _, _ = library
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80)]}, SETTINGS, 0, corpus)
+    jobs = bld.jobs(pico, [{FFN: [Variant("w", 80)]}] * 4, SETTINGS, 0, corpus)
     alone, _ = bld.train_library(pico, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
     pd.testing.assert_frame_equal(alone, table.query("variant == 'w80'").reset_index(drop=True))
 
@@ -114,10 +113,10 @@ def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, c
 def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, library, tmp_path):
     table, blocks, _ = library
     before = {f.name: f.stat().st_mtime_ns for f in blocks.iterdir()}
-    space = resolve_space({**SPACE, "ffn": [*SPACE["ffn"], "w48"]}, pico.model.config, pico.family)
+    spaces = resolve_layers({**SPACE, "ffn": [*SPACE["ffn"], "w48"]}, pico.model.config, pico.family)
     scores, made = scoring.score_library(pico, table, blocks, corpus, SCORE, NO_ROWS, lambda rows: None)
     assert made == len(table) == 32
-    grown, made = bld.train_library(pico, bld.jobs(pico, space, SETTINGS, 0, corpus), corpus, SETTINGS, 0, blocks)
+    grown, made = bld.train_library(pico, bld.jobs(pico, spaces, SETTINGS, 0, corpus), corpus, SETTINGS, 0, blocks)
     assert made == 4 and len(grown) == 36
     assert {f.name: f.stat().st_mtime_ns for f in blocks.iterdir() if "w48" not in f.name} == before
     _, made = scoring.score_library(pico, grown, blocks, corpus, SCORE, scores, lambda rows: None)
@@ -130,7 +129,7 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
 def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, corpus, library, tmp_path, capsys):
     hot = replace(SETTINGS, lr=1e30)
     space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
-    table, _ = bld.train_library(pico, bld.jobs(pico, space, hot, 0, corpus), corpus, hot, 0, tmp_path / "blocks")
+    table, _ = bld.train_library(pico, bld.jobs(pico, [space] * 4, hot, 0, corpus), corpus, hot, 0, tmp_path / "blocks")
     assert set(table.outcome) == {"rolled back"} and (table.loss_after == table.loss_before).all()
     assert "variant w80 of ffn in layer 0: validation loss" in capsys.readouterr().out
     module = build_subblock(pico, 0, FFN, Variant("w", 80))
@@ -145,7 +144,7 @@ def test_the_refit_always_holds_a_batch_out():
 
 def test_settled_variants_stop_early_and_say_when(pico, corpus, tmp_path):
     settings = replace(SETTINGS, train_tokens=4096, eval_every_steps=4, settled=0.5)
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, settings, 0, corpus)
+    jobs = bld.jobs(pico, [{FFN: [Variant("w", 80), Variant("w", 48)]}] * 4, settings, 0, corpus)
     table, _ = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
     settled = table[table.outcome == "settled"]
     assert len(settled) and (settled.num_tokens % 1024 == 0).all() and (settled.num_tokens < 4096).all()
@@ -156,13 +155,13 @@ def test_settled_variants_stop_early_and_say_when(pico, corpus, tmp_path):
 def test_every_target_and_loss_can_be_learnt(pico, corpus, tmp_path, changes):
     settings = replace(SETTINGS, **changes)
     space = {"attention": [Variant("kv", 1)], FFN: [Variant("w", 80), Variant("w", 48)]}
-    table, _ = bld.train_library(pico, bld.jobs(pico, space, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
+    table, _ = bld.train_library(pico, bld.jobs(pico, [space] * 4, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
     assert (table.loss_after < table.loss_before).mean() > 0.7
 
 
 def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_path):
     space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
-    jobs = bld.jobs(pico, space, SETTINGS, 0, corpus)
+    jobs = bld.jobs(pico, [space] * 4, SETTINGS, 0, corpus)
     wanted, budgets = [(j.layer, j.subblock, j.variant) for j in jobs], {"calibration": 1024, "train": 2048, "val": 512}
     whole = plan(pico, wanted, budgets, 64, 4, None)
     assert whole.holds_training and len(whole.windows) == 4
@@ -182,7 +181,7 @@ def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_p
 @pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 3, 8, 6)])
 def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch, settled, layer, killed_at, saved_at):
     settings = replace(SETTINGS, save_every_steps=3, eval_every_steps=1, settled=settled)
-    jobs = bld.jobs(pico, {FFN: [Variant("w", 80), Variant("w", 48)]}, settings, 0, corpus)
+    jobs = bld.jobs(pico, [{FFN: [Variant("w", 80), Variant("w", 48)]}] * 4, settings, 0, corpus)
     whole, _ = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "whole" / "blocks")
     step, taken = windows.Window.step, []
 
@@ -232,7 +231,7 @@ def test_costs_cover_the_space_and_sum_to_the_model(pico):
 
 def test_a_bfloat16_parent_has_a_bfloat16_child(corpus, tmp_path):
     parent = load_parent("random", dtype="bfloat16", config={"model_type": "llama", **PICO_CONFIG})
-    jobs = bld.jobs(parent, resolve_space(SPACE, parent.model.config, parent.family), SETTINGS, 0, corpus)
+    jobs = bld.jobs(parent, resolve_layers(SPACE, parent.model.config, parent.family), SETTINGS, 0, corpus)
     table, _ = bld.train_library(parent, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
     assert table.query("variant == 'kv1'").kv_bytes_per_token.eq(2 * 16 * 2).all()
     scores, _ = scoring.score_library(parent, table, tmp_path / "blocks", corpus, SCORE, NO_ROWS, lambda rows: None)
@@ -262,6 +261,18 @@ def test_gkd_losses_are_zero_between_a_model_and_itself(pico):
     out = pico.model(torch.randint(1, 257, (2, 16)), output_hidden_states=True)
     assert gkd.kl_loss(out.logits, out.logits).item() == pytest.approx(0, abs=1e-6)
     assert gkd.cosine_loss(out.hidden_states, out.hidden_states).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_layer_may_have_a_list_of_its_own(pico, corpus, tmp_path):
+    space = {**SPACE, "layers": {"0": {"attention": [], "ffn": ["w48"]}, "2-3": {"ffn": ["w96"]}}}
+    layers = resolve_layers(space, pico.model.config, pico.family)
+    named = [{s: [str(v) for v in some] for s, some in layer.items()} for layer in layers]
+    everywhere = {s: ["parent", *some] for s, some in SPACE.items()}
+    own = [{"attention": ["parent"], "ffn": ["parent", "w48"]}, {}, {"ffn": ["parent", "w96"]}, {"ffn": ["parent", "w96"]}]
+    assert named == [{**everywhere, **some} for some in own]
+    assert set(map(str, resolve_space(space, pico.model.config, pico.family)["ffn"])) == {"parent", "w80", "linear", "no_op", "w48", "w96"}
+    table, made = bld.train_library(pico, bld.jobs(pico, layers, SETTINGS, 0, corpus), corpus, SETTINGS, 0, tmp_path / "blocks")
+    assert made == len(table) == 3 + 8 + 6 + 6 and set(table.query("layer == 0").variant) == {"parent", "w48"}
 
 
 def test_shares_become_sizes_of_the_parent(pico):

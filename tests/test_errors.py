@@ -12,7 +12,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES, family_of
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.spec import Variant
-from puzzle_core.subblocks import resolve_space
+from puzzle_core.subblocks import resolve_layers, resolve_space
 
 
 def one_error(done, *words: str) -> str:
@@ -112,6 +112,21 @@ def test_a_variant_that_the_parent_cannot_have_is_refused(pico, subblock, text, 
     space = {"attention": [], "ffn": [], subblock: [text]}
     with pytest.raises(ValueError, match=complaint):
         resolve_space(space, pico.model.config, pico.family)
+
+
+@pytest.mark.parametrize(
+    ("layers", "complaint"),
+    [
+        ({"1-2": {"attention": ["kv3"]}}, "search_space.layers.1-2.attention, layer 1: 'kv3' does not fit this parent"),
+        ({"4": {"ffn": []}}, "'4' names no layers of this parent; expected for example 0 or 1,7-9, below 4"),
+        ({"3-1": {"ffn": []}}, "'3-1' names no layers"),
+        ({"0": {"fnn": []}}, "search_space.layers.0: unknown subblock 'fnn'. Did you mean 'ffn'?"),
+        ({"0-2": {"ffn": []}, "2": {"ffn": ["w80"]}}, "search_space.layers.2.ffn: layer 2 has a list of its own already"),
+    ],
+)
+def test_a_layers_own_list_that_cannot_be_names_the_layer(pico, layers, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        resolve_layers({"attention": [], "ffn": [], "layers": layers}, pico.model.config, pico.family)
 
 
 def test_a_damaged_or_missing_parent_is_named(tmp_path):

@@ -362,7 +362,7 @@ def test_bld_refits_trains_and_scoring_scores_every_operator(name, tmp_path):
     for ridge in (None, [0.01]):
         settings = bld.Settings(32, 2, 256, 64, 128, ridge, 1e-3, 0.0, 0.0, 1.0)
         space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
-        jobs = [job for job in bld.jobs(parent, space, settings, 0, corpus) if job.layer == last_layer]
+        jobs = [job for job in bld.jobs(parent, [space] * 3, settings, 0, corpus) if job.layer == last_layer]
         table, _ = bld.train_library(parent, jobs, corpus, settings, 0, tmp_path / str(ridge))
         made[str(ridge)] = table.set_index(["subblock", "variant"])
     bare, fitted = made["None"], made["[0.01]"]
