@@ -41,13 +41,13 @@ def save_result(name: str, result: dict) -> Path:
     return path
 
 
-def write_into_readme(section: str, text: str) -> None:
-    """Replace what stands between the README's markers of `section`."""
-    readme = (ROOT / "README.md").read_text()
+def write_into(page: str, section: str, text: str) -> None:
+    """Replace what stands between the markers of `section` in a page of the project."""
+    path = ROOT / page
     start, end = f"<!-- {section}:", f"<!-- /{section} -->"
-    head, rest = readme.split(start)
+    head, rest = path.read_text().split(start)
     comment, tail = rest.split("-->", 1)[0], rest.split(end)[1]
-    (ROOT / "README.md").write_text(f"{head}{start}{comment}-->\n{text}\n{end}{tail}")
+    path.write_text(f"{head}{start}{comment}-->\n{text}\n{end}{tail}")
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     )
     text = f"{table(metrics)}\n\n{caption}"
     print(text)
-    write_into_readme("results", text)
+    write_into("README.md", "results", text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from benchmarks.demo import ROOT, save_result, write_into_readme
+from benchmarks.demo import ROOT, save_result, write_into
 from puzzle_core.families import FAMILIES, SIZED, Family
 from puzzle_core.spec import ATTENTION, FFN, SUBBLOCKS
 
@@ -63,7 +63,7 @@ def main() -> None:
         "laws_held": {name: {f"{s} {k}": laws.held[f, s, k] for f, s, k in cells if f == name} for name in FAMILIES},
     }
     save_result("families", result)
-    write_into_readme("families", table())
+    write_into("README.md", "families", table())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from puzzle_core.export import SavedChild
 from puzzle_core.parents import Parent, load_parent
 from puzzle_core.spec import ATTENTION, NO_OP, PARENT, Architecture, Variant
 from puzzle_core.subblocks import build_subblock
-from puzzle_core.surgery import initialise
+from puzzle_core.surgery import Basis, initialise
 
 PROMPT = (ROOT / "README.md").read_text().split("\n\n")[5]
 NUM_GENERATED, ROUNDS, NUM_COMPARED = 64, 5, 16
@@ -48,7 +48,7 @@ def surgical_weights(parent: Parent, directory: Path):
     def weights_of(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
         module, whole = build_subblock(parent, layer, subblock, variant), parent.module(layer, subblock)
         importance = None if subblock == ATTENTION else whole.down_proj.weight.norm(dim=0)
-        initialise(whole, module, parent.family.subblock(subblock), variant, importance)
+        initialise(whole, module, parent.family.subblock(subblock), variant, Basis(importance))
         path = directory / f"{layer}-{subblock}.safetensors"
         save_file(module.state_dict(), path)
         return path, ""

@@ -18,7 +18,8 @@ from puzzle_core.plan import plan
 from puzzle_core.spec import Variant
 from puzzle_core.subblocks import variant_row
 from puzzle_core.trace import ParentRun
-from puzzle_core.windows import Job, Settings, Window
+from puzzle_core.trainees import Job
+from puzzle_core.windows import Settings, Window
 
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
 
@@ -28,9 +29,12 @@ def jobs(parent: Parent, spaces: list[dict[str, list[Variant]]], settings: Setti
 
     A row's fingerprint does not depend on which other rows there are.
     """
-    shared = (VERSION, seed, settings.determining(), parent.identity, corpus.fingerprint)
+
+    def made_by(*row: object) -> str:
+        return fingerprint(VERSION, seed, settings.determining(row[-1]), parent.identity, corpus.fingerprint, *map(str, row))
+
     return [
-        Job(layer, subblock, variant, fingerprint(*shared, layer, subblock, str(variant)))
+        Job(layer, subblock, variant, made_by(layer, subblock, variant))
         for layer, space in enumerate(spaces)
         for subblock, variants in space.items()
         for variant in variants

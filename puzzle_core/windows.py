@@ -1,24 +1,22 @@
 """A window of layers whose variants train beside each other: initialised, refitted, trained, measured, written."""
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from puzzle_core import surgery
 from puzzle_core.files import atomic, fingerprint
 from puzzle_core.learners import Learner, alone, is_trained, normalised_mse, together
-from puzzle_core.parents import Parent
 from puzzle_core.schedule import lr_factor
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, SUBBLOCKS, Variant
-from puzzle_core.subblocks import build_subblock, num_params, swapped
-from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Variant, did_you_mean
+from puzzle_core.subblocks import swapped
+from puzzle_core.trace import Call, ParentRun
+from puzzle_core.trainees import Job, Trainee, initialised, refit, save
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Settings:
     warmup_fraction: float
     weight_decay: float
     grad_clip: float  # of each variant's gradient norm
+    channels: str = "contribution"  # by what a narrower FFN's channels are chosen: one of surgery.CHANNELS
+    kv_heads: str = "mean_pool"  # what becomes of key-value heads that merge: one of surgery.KV_HEADS
     target: str = "subblock"  # whose output is matched: the subblock's own, or the whole block's with the other half frozen
     loss_per: str = "tensor"  # the MSE is normalised over the whole tensor, or for each token
     eval_every_steps: int | None = None  # None: only before and after
@@ -52,48 +52,19 @@ class Settings:
                 f"bld.calibration_tokens ({self.calibration_tokens}) is one batch ({self.batch_size} x {self.seq_len}): the refit holds "
                 "one out to choose its strength by. Raise it, lower bld.batch_size, or set bld.ridge to null."
             )
-        for key, known in {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"bld.{key} is '{getattr(self, key)}'; expected {' or '.join(known)}")
+        choices = {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}
+        choices |= {"channels": surgery.CHANNELS, "kv_heads": surgery.KV_HEADS}
+        for key, known in choices.items():
+            if (name := getattr(self, key)) not in known:
+                raise ValueError(f"bld.{key}: unknown '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
         if self.settled is not None and self.eval_every_steps is None:
             raise ValueError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
 
-    def determining(self) -> dict:
+    def determining(self, variant: Variant) -> dict:
         """The settings that decide what a variant's weights are."""
         names = [field.name for field in fields(self)]
-        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")]}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row of the library: a variant of one subblock of one layer, and the hash of all that determines its weights."""
-
-    layer: int
-    subblock: str
-    variant: Variant
-    fingerprint: str
-
-    def __str__(self) -> str:
-        return f"variant {self.variant} of {self.subblock} in layer {self.layer}"
-
-    @property
-    def file_name(self) -> str:
-        """Relative to blocks/. The parent's and no_op's files hold no tensors, only their row."""
-        return f"{self.layer:03d}-{self.subblock}-{self.variant}.safetensors"
-
-
-@dataclass
-class Trainee:
-    """A variant at work: its module in the parent's dtype, and what is known of it so far."""
-
-    job: Job
-    module: nn.Module
-    last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
-    init: str = ""
-    loss_before: float = 0.0
-    loss_after: float = 0.0
-    num_tokens: int = 0
-    outcome: str = "untrained"
+        others = {"channels": "w", "kv_heads": "kv"}  # each decides for one kind alone
+        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")] if others.get(name) in (None, variant.kind)}
 
 
 @dataclass(frozen=True)
@@ -123,15 +94,14 @@ class Window:
     def _initialise(self, here: list[Job], layer: int) -> list[Trainee]:
         """Initialise and refit the variants of one layer, moving the calibration and validation runs past it."""
         parent, run, settings = self.run.parent, self.run, self.settings
-        with surgery.watch_importance(parent.module(layer, FFN), parent.family.ffn) as seen:
+        with surgery.watch_ffn(parent.module(layer, FFN), parent.family.ffn, settings.channels) as seen:
             calibration = list(run.advance(layer, "calibration"))
-        importance = torch.stack(seen).mean(dim=0)
         validation = list(run.advance(layer, "val"))
         self.kv_calls[layer] = validation[0][ATTENTION]
-        trainees = [_initialised(parent, job, importance) for job in here]
+        trainees = [initialised(parent, job, calibration, seen, settings.channels, settings.kv_heads) for job in here]
         for trainee in trainees:
             if trainee.last is not None and settings.ridge is not None:
-                _refit(trainee, calibration, settings.ridge)
+                refit(trainee, calibration, settings.ridge)
             trainee.module = trainee.module.to(parent.model.dtype)
             trainee.loss_before = trainee.loss_after = self._loss(trainee, layer, validation)
         return trainees
@@ -200,7 +170,7 @@ class Window:
         elif "train" in self.run.hidden:
             for layer in self.layers:
                 self.run.skip(layer, "train")
-        rows = {trainee.job: _save(trainee, self.run.parent, self.kv_calls[trainee.job.layer], self.blocks) for trainee in self.trainees}
+        rows = {trainee.job: save(trainee, self.run.parent, self.kv_calls[trainee.job.layer], self.blocks) for trainee in self.trainees}
         self.state_file.unlink(missing_ok=True)
         return rows
 
@@ -351,53 +321,3 @@ class Captured:
 @functools.cache
 def _compiled_losses() -> Callable:
     return torch.compile(Learner.losses, dynamic=False)
-
-
-def _save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
-    """Write the variant's file, with its library row inside so that a later run can tell what it is."""
-    job, attention, module = trainee.job, trainee.job.subblock == ATTENTION, trainee.module
-    row = {
-        "layer": job.layer,
-        "subblock": job.subblock,
-        "variant": str(job.variant),
-        "init": trainee.init,
-        "loss_before": trainee.loss_before,
-        "loss_after": trainee.loss_after,
-        "num_tokens": trainee.num_tokens,
-        "outcome": trainee.outcome,
-        "num_params": num_params(parent, job.layer, job.subblock, module),
-        "kv_bytes_per_token": kv_bytes_per_token(module, job.layer, call) if attention else 0,
-        "path": job.file_name,
-        "fingerprint": job.fingerprint,
-    }
-    with atomic(blocks / job.file_name) as part:
-        save_file({} if job.variant == PARENT else module.state_dict(), part, metadata={"row": json.dumps(row)})
-    return row
-
-
-def _initialised(parent: Parent, job: Job, importance: Tensor) -> Trainee:
-    names = parent.family.subblock(job.subblock)
-    original = parent.module(job.layer, job.subblock)
-    if job.variant == PARENT:
-        return Trainee(job, original, init="parent")
-    module = build_subblock(parent, job.layer, job.subblock, job.variant)
-    how = surgery.initialise(original, module, names, job.variant, importance)
-    if job.variant == NO_OP:
-        return Trainee(job, module, init=how)
-    return Trainee(job, module.float(), surgery.last_projection(module, names, job.variant), init=how)
-
-
-@torch.no_grad()
-def _refit(trainee: Trainee, calibration: list[dict[str, Call]], strengths: list[float]) -> None:
-    """Ridge regression of the last projection; every fourth batch, and the last, is held out to choose the strength by."""
-    inputs: list[Tensor] = []
-    fitting, held_out = surgery.RidgeStatistics(trainee.last), surgery.RidgeStatistics(trainee.last)
-    handle = trainee.last.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    for index, calls in enumerate(calibration):
-        call = calls[trainee.job.subblock]
-        call.replay(trainee.module)
-        (held_out if index % 4 == 3 or index == len(calibration) - 1 else fitting).add(inputs.pop(), call.output_BTD)
-    handle.remove()
-    trainee.init += f"+ridge{surgery.refit(trainee.last, fitting, held_out, strengths):g}"

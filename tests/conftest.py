@@ -83,7 +83,7 @@ def variants(parent: Parent, directory: Path):
         size = next(parent.family.whole_size(kind, parent.model.config) for kind in ("w", "e") if kind in parent.family.size_keys)
         importance = torch.rand(size, generator=torch.Generator().manual_seed(layer))
         names = parent.family.subblock(subblock)
-        surgery.initialise(parent.module(layer, subblock), module, names, variant, importance)
+        surgery.initialise(parent.module(layer, subblock), module, names, variant, surgery.Basis(importance))
         path = directory / f"{layer}-{subblock}-{variant}.safetensors"
         save_file(module.state_dict(), path)
         return path, ""

@@ -103,6 +103,33 @@ def test_refitting_lowers_the_loss(pico, corpus, library, tmp_path):
     assert (fitted.loss_before.to_numpy() < unfitted.loss_after.to_numpy()).all()
 
 
+def test_the_order_of_removal_is_the_one_found_by_trying_every_channel():
+    inputs, last = torch.randn(40, 7), torch.randn(5, 7)
+    order = surgery.removal_order((inputs.T @ inputs) * (last.T @ last)).tolist()
+    whole, left = inputs @ last.T, list(range(7))
+    for rank in range(7):
+        errors = {gone: (inputs[:, kept := [i for i in left if i != gone]] @ last[:, kept].T - whole).square().sum() for gone in left}
+        least = min(errors, key=errors.get)
+        assert order[least] == rank
+        left.remove(least)
+
+
+def test_each_initialisation_is_named_and_another_remakes_only_what_it_is_for(pico, corpus, tmp_path):
+    bare = replace(SETTINGS, train_tokens=0, ridge=None)
+    space, losses = {FFN: [Variant("w", 80), Variant("linear")], "attention": [Variant("kv", 1)]}, {}
+    for channels in surgery.CHANNELS:
+        settings = replace(bare, channels=channels)
+        table, made = bld.train_library(pico, bld.jobs(pico, [space] * 4, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
+        assert made == (12 if not losses else 4) and set(table.query("variant == 'w80'").init) == {channels}
+        losses[channels] = table.query("variant == 'w80'").loss_before.median()
+    assert losses["iterative"] < losses["contribution"] < losses["random"] and losses["weight_norm"] < losses["random"]
+    settings = replace(settings, kv_heads="best")
+    table, made = bld.train_library(pico, bld.jobs(pico, [space] * 4, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
+    assert made == 4 and set(table.query("variant == 'kv1'").init) == {"best"}
+    with pytest.raises(ValueError, match="bld.channels: unknown 'iteratve'. Did you mean 'iterative'?"):
+        replace(SETTINGS, channels="iteratve")
+
+
 def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, corpus, library, tmp_path):
     table, _, _ = library
     jobs = bld.jobs(pico, [{FFN: [Variant("w", 80)]}] * 4, SETTINGS, 0, corpus)

@@ -23,7 +23,7 @@ from puzzle_core.modeling_puzzle import GroupedAttention, get_subblock
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params, resolve_space, swapped
-from puzzle_core.surgery import initialise, rows
+from puzzle_core.surgery import KV_HEADS, Basis, initialise, rows
 from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
 
 IDS = torch.randint(1, 257, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def calls(parent: Parent, layer: int) -> dict[str, Call]:
 
 def made(parent: Parent, layer: int, subblock: str, variant: Variant, importance: torch.Tensor | None = None):
     module = build_subblock(parent, layer, subblock, variant)
-    initialise(parent.module(layer, subblock), module, parent.family.subblock(subblock), variant, importance)
+    initialise(parent.module(layer, subblock), module, parent.family.subblock(subblock), variant, Basis(importance))
     return module
 
 
@@ -337,6 +337,26 @@ def test_norms_on_the_residual_stream_stay_where_a_subblock_is_skipped():
     child = child_of("opt as 350m", FFN, NO_OP)
     assert isinstance(child.model.decoder.layers[0].final_layer_norm, torch.nn.LayerNorm)
     assert isinstance(child_of("opt", FFN, NO_OP).model.decoder.layers[0].final_layer_norm, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3", "gpt2"])
+def test_the_best_head_of_each_group_moves_the_output_least(name):
+    parent, call = parent_of(name), calls(parent_of(name), 0)[ATTENTION]
+    names, original = parent.family.attention, parent.module(0, ATTENTION)
+
+    def error(module) -> float:
+        with torch.no_grad():
+            return (call.replay(module) - call.output_BTD).square().sum().item()
+
+    errors = {}
+    for how in KV_HEADS:
+        module = build_subblock(parent, 0, ATTENTION, Variant("kv", 1))
+        assert initialise(original, module, names, Variant("kv", 1), Basis(kv_heads=how, error=error)) == how
+        errors[how] = error(module)
+    heads = rows(original.get_submodule(names.v))["weight"][-parent.family.whole_size("kv", parent.model.config) * original.head_dim :]
+    kept = rows(module.get_submodule(names.v))["weight"][-original.head_dim :]
+    assert any(kept.equal(head) for head in heads.unflatten(0, (-1, original.head_dim)))
+    assert errors["best"] <= errors["first"] and errors["mean_pool"] != errors["first"]
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "opt", "mistral", "qwen3_moe"])
