@@ -3,12 +3,20 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pyarrow import ArrowInvalid
 from tqdm import tqdm
 
 _READERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # None: the file is the document
+
+
+class Document(NamedTuple):
+    """A text and what the corpus says it is of: code, encyclopedia, a source; None where it says nothing."""
+
+    text: str
+    domain: str | None
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -23,6 +31,7 @@ def _local_files(path: Path) -> list[Path]:
 def documents(
     source: str,
     text_column: str = "text",
+    domain_column: str | None = None,
     path: str | None = None,
     id: str | None = None,
     name: str | None = None,
@@ -30,33 +39,35 @@ def documents(
     revision: str | None = None,
     max_documents: int | None = None,
     **_split: object,
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """Every document of a corpus preset: `source` is files (`path`: a file or folder) or hub (`id`, `name`, `split`)."""
     from datasets import load_dataset  # slow to import, and not every user of this module loads text
 
     if source == "hub":
         stream = load_dataset(id, name, split=split, revision=revision, streaming=True)
-        yield from _texts(stream.take(max_documents) if max_documents else stream, text_column, id)
+        yield from _documents(stream.take(max_documents) if max_documents else stream, text_column, domain_column, id)
     elif source == "files":
         for file in _local_files(Path(path)):
             reader = _READERS[file.suffix]
             try:
                 if reader is None:
-                    yield file.read_text()
+                    yield from _documents([{text_column: file.read_text()}], text_column, domain_column, file)
                 else:
-                    yield from _texts(load_dataset(reader, data_files=str(file), split="train", streaming=True), text_column, file)
+                    rows = load_dataset(reader, data_files=str(file), split="train", streaming=True)
+                    yield from _documents(rows, text_column, domain_column, file)
             except (OSError, RuntimeError, UnicodeDecodeError, ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read as {reader or 'text'} ({error})") from error
     else:
         raise ValueError(f"unknown corpus source '{source}'; known: files, hub")
 
 
-def _texts(rows: Iterable[dict], column: str, where: object) -> Iterator[str]:
+def _documents(rows: Iterable[dict], text_column: str, domain_column: str | None, where: object) -> Iterator[Document]:
     for row in rows:
-        if column not in row:
-            raise ValueError(f"{where} has no column '{column}', only {', '.join(row)}: set `text_column` in conf/corpus/")
-        if row[column]:
-            yield row[column]
+        for key, column in (("text_column", text_column), ("domain_column", domain_column)):
+            if column is not None and column not in row:
+                raise ValueError(f"{where} has no column '{column}', only {', '.join(row)}: set `{key}` in conf/corpus/")
+        if row[text_column]:
+            yield Document(row[text_column], None if domain_column is None else str(row[domain_column]))
 
 
 def _in_validation(text: str, fraction: float) -> bool:
@@ -71,20 +82,27 @@ class Corpus:
         self.tokenizer = tokenizer
         self.where = preset.get("path") or preset.get("id")
         self.name = preset.get("id") or Path(self.where).name  # no path of this machine
-        self.splits: dict[str, list[str]] = {"train": [], "validation": []}
+        self.splits: dict[str, list[Document]] = {"train": [], "validation": []}
         digest = hashlib.sha256(str(preset["validation_fraction"]).encode())
-        for text in tqdm(documents(**preset), desc=f"read {self.where}", unit=" docs", leave=False):
-            self.splits["validation" if _in_validation(text, preset["validation_fraction"]) else "train"].append(text)
-            digest.update(f"{len(text)}:{text}".encode())
+        for document in tqdm(documents(**preset), desc=f"read {self.where}", unit=" docs", leave=False):
+            held_out = _in_validation(document.text, preset["validation_fraction"])
+            self.splits["validation" if held_out else "train"].append(document)
+            digest.update(f"{len(document.text)}:{document.text}".encode())
         self.fingerprint = digest.hexdigest()[:16]
 
-    def sequences(self, split: str, num_tokens: int, seq_len: int, seed: str) -> np.ndarray:
+    @property
+    def domains(self) -> list[str]:
+        """What the preset's `domain_column` tells apart, by name; [] without one."""
+        return sorted({d.domain for split in self.splits.values() for d in split if d.domain is not None})
+
+    def sequences(self, split: str, num_tokens: int, seq_len: int, seed: str, domain: str | None = None) -> np.ndarray:
         """At least `num_tokens` tokens of `split` as [N, seq_len] int64, documents shuffled by `seed`, EOS after each.
 
-        Every row is full: no padding, a long document goes on in the next row. ValueError if the corpus is too small.
+        Of one `domain` alone, if named. Every row is full: no padding, a long document goes on in the next row.
+        ValueError if the corpus is too small.
         """
         num_rows = -(-num_tokens // seq_len)
-        texts = list(self.splits[split])
+        texts = [document.text for document in self.splits[split] if domain in (None, document.domain)]
         random.Random(seed).shuffle(texts)
         pieces, have, need = [], 0, num_rows * seq_len
         for start in tqdm(range(0, len(texts), 64), desc=f"tokenize {split}", unit="×64 docs", leave=False):
@@ -95,14 +113,17 @@ class Corpus:
                 break
         if have < need:
             raise ValueError(
-                f"corpus {self.where} is too small: its {split} split has {have:,} tokens, {need:,} are needed. "
+                f"corpus {self.where} is too small: its {split} split has {have:,} tokens"
+                f"{f' of {domain}' if domain else ''}, {need:,} are needed. "
                 "Lower the token budget in the presets of conf/, or add text."
             )
         return np.concatenate(pieces)[:need].reshape(num_rows, seq_len)
 
-    def batches(self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str) -> list[np.ndarray]:
+    def batches(
+        self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str, domain: str | None = None
+    ) -> list[np.ndarray]:
         """The same as a list of [batch_size, seq_len] arrays, rounded up to whole batches; [] for no tokens."""
         if not num_tokens:
             return []
         whole = -(-num_tokens // (seq_len * batch_size)) * seq_len * batch_size
-        return list(self.sequences(split, whole, seq_len, seed).reshape(-1, batch_size, seq_len))
+        return list(self.sequences(split, whole, seq_len, seed, domain).reshape(-1, batch_size, seq_len))

@@ -1,42 +1,70 @@
 """What a child is, measured: quality against the parent on held-out text, speed and memory beside the parent in one run."""
 import math
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from puzzle_core.corpus import Corpus
 from puzzle_core.costs import side_by_side
-from puzzle_core.quality import Reference
+from puzzle_core.quality import sequence_sums
 from puzzle_core.spec import Scenario
 
 
-@torch.no_grad()
-def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list) -> dict[str, dict[str, float]]:
-    """Per token of [B, T] token batches: KL(parent ‖ child) in nats, perplexity, share of equal top-1 predictions."""
-    kl = agreed = loss = parent_loss = num_tokens = num_predicted = 0
-    for batch in tqdm(batches, desc="compare with the parent", unit="batch"):
-        ids = torch.as_tensor(batch, device=parent.device)
-        of_parent, of_child = (model(input_ids=ids, use_cache=False).logits for model in (parent, child))
-        reference = Reference(ids, of_parent)
-        batch_kl, batch_loss = reference.compare(of_child)
-        kl, loss, parent_loss = kl + batch_kl, loss + batch_loss, parent_loss + reference.lm_loss
-        agreed += (of_parent.argmax(-1) == of_child.argmax(-1)).sum().item()
-        num_tokens, num_predicted = num_tokens + ids.numel(), num_predicted + ids[:, 1:].numel()
+@dataclass(frozen=True)
+class Settings:
+    """How a child is measured: `evaluation` in params.yaml."""
+
+    text: dict[str, int]  # num_tokens, seq_len, batch_size of held-out text
+    domain_tokens: int  # of each domain that the corpus knows, beside it; 0: none
+    repeats: int  # timed requests of each model
+
+    def batches(self, corpus: Corpus, domain: str | None = None) -> list:
+        """Held-out token batches [B, T], of all text or of one domain."""
+        size = dict(self.text)
+        if domain is not None:
+            size |= {"num_tokens": self.domain_tokens, "batch_size": min(size["batch_size"], -(-self.domain_tokens // size["seq_len"]))}
+        return corpus.batches("validation", **size, seed="evaluation", domain=domain)
+
+
+def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what: str = "held-out text") -> dict[str, dict[str, float]]:
+    """Per token of [B, T] token batches: KL(parent ‖ child) in nats, perplexity, share of equal top-1 predictions.
+
+    `kl_stderr` is the standard error of the mean over sequences, 0 of a single one.
+    """
+    ids = [torch.as_tensor(batch, device=parent.device) for batch in batches]
+    progress = tqdm(ids, desc=f"compare on {what}", unit="batch")
+    sums_N4 = torch.cat([sequence_sums(parent, child, batch) for batch in progress]).cpu()
+    num_sequences, seq_len = len(sums_N4), ids[0].shape[1]
+    kl_N = sums_N4[:, 0] / seq_len
+    kl, other, *losses = (sums_N4.sum(0) / num_sequences).tolist()
+    perplexity = [math.exp(loss / (seq_len - 1)) for loss in losses]
+    error = kl_N.std().item() / math.sqrt(num_sequences) if num_sequences > 1 else 0.0
     return {
-        "parent": {"kl": 0.0, "perplexity": math.exp(parent_loss / num_predicted), "top1_agreement": 1.0},
-        "child": {"kl": kl / num_tokens, "perplexity": math.exp(loss / num_predicted), "top1_agreement": agreed / num_tokens},
+        "parent": {"kl": 0.0, "kl_stderr": 0.0, "perplexity": perplexity[0], "top1_agreement": 1.0},
+        "child": {"kl": kl / seq_len, "kl_stderr": error, "perplexity": perplexity[1], "top1_agreement": 1 - other / seq_len},
     }
 
 
+def by_domain(parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, settings: Settings) -> dict[str, dict[str, float]]:
+    """The same on each of the corpus's domains, its name at the end of each metric's: `kl_code`."""
+    rows = {"parent": {}, "child": {}}
+    for domain in corpus.domains if settings.domain_tokens else []:
+        for name, row in compare(parent, child, settings.batches(corpus, domain), domain).items():
+            rows[name] |= {f"{metric}_{domain}": value for metric, value in row.items() if metric != "kl_stderr"}
+    return rows
+
+
 def measure(
-    parent: PreTrainedModel, child: PreTrainedModel, batches: list, scenario: Scenario, repeats: int
+    parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, scenario: Scenario, settings: Settings
 ) -> dict[str, dict[str, float]]:
     """One row of metrics for the parent and one for the child, the same names as search's prediction has."""
-    quality = compare(parent, child, batches)
-    totals = side_by_side({"parent": parent, "child": child}, scenario, repeats, warmup=1)
+    quality, domains = compare(parent, child, settings.batches(corpus)), by_domain(parent, child, corpus, settings)
+    totals = side_by_side({"parent": parent, "child": child}, scenario, settings.repeats, warmup=1)
     return {
-        name: {**quality[name], "speedup": totals["parent"]["latency_ms"] / totals[name]["latency_ms"], **totals[name]}
+        name: {**quality[name], "speedup": totals["parent"]["latency_ms"] / totals[name]["latency_ms"], **totals[name], **domains[name]}
         for name in quality
     }
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from puzzle_core.families import family_for
 from puzzle_core.parents import Parent
 from puzzle_core.questions import Question, tokenize
-from puzzle_core.trace import head, last_hidden
+from puzzle_core.trace import head, head_of, last_hidden
 
 TOKENS_AT_ONCE = 256  # of logits that are compared whole: tokens whose vocabulary is normalised at a time
 IN_CACHE = 2**21  # logits of which a CPU makes several copies at a time: three times faster than all that the head gives at once
@@ -32,7 +34,7 @@ def _token_sums(
 ) -> Tensor:
     """Sums over tokens, in nats, of the `kinds` that logits tell: [M] float64. `lse_N`, `loss_N`, `top_N` are the parent's."""
     child_NV = child_NV.float()
-    log_c_NV = child_NV.log_softmax(-1)
+    log_c_NV = child_NV - child_NV.logsumexp(-1, keepdim=True)  # a CPU's log_softmax is 1e-5 off, the parent's sum is not
     costs = {}
     if "kl" in kinds:
         log_p_NV = parent_NV.float() - lse_N[:, None]
@@ -78,21 +80,25 @@ def _following(input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return input_ids_BT.roll(-1, dims=1).flatten(), counted_BT.flatten()
 
 
-class Reference:
-    """The parent's predictions on one [B, T] batch of tokens: what a child's whole logits are compared with."""
+@torch.no_grad()
+def sequence_sums(parent: PreTrainedModel, child: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """Sums over the tokens of each sequence, [B, 4] float64: KL(parent ‖ child) in nats, tokens after which the likeliest
+    next one is another, cross-entropy of the T - 1 predicted ones for the parent and for the child.
 
-    def __init__(self, input_ids_BT: Tensor, logits_BTV: Tensor):
-        parts = zip(
-            logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE), *(x.split(TOKENS_AT_ONCE) for x in _following(input_ids_BT)), strict=True
-        )
-        self.chunks = [_Chunk.of(*part, hold=True) for part in parts]
-        self.lm_loss = sum((c.loss_N * c.counted_N).double().sum() for c in self.chunks).item()
-
-    def compare(self, logits_BTV: Tensor) -> tuple[float, float]:
-        """Sums over the batch, in nats: KL(parent ‖ child) of every token, cross-entropy of the B · (T - 1) predicted ones."""
-        parts = zip(self.chunks, logits_BTV.flatten(0, 1).split(TOKENS_AT_ONCE), strict=True)
-        kl, increase = sum(chunk.sums(("kl", "lm_loss"), part, chunk.logits_NV) for chunk, part in parts).tolist()
-        return kl, self.lm_loss + increase
+    Of neither model are there ever the logits of more than TOKENS_AT_ONCE tokens.
+    """
+    family = family_for(parent.config)
+    hiddens = [model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state for model in (parent, child)]
+    sums = []
+    for row in zip(*hiddens, *(x.view_as(input_ids_BT) for x in _following(input_ids_BT)), strict=True):
+        total = 0
+        for parent_ND, child_ND, targets_N, counted_N in zip(*(x.split(TOKENS_AT_ONCE) for x in row), strict=True):
+            chunk = _Chunk.of(head_of(parent, family, parent_ND), targets_N, counted_N, hold=True)
+            kl, other, increase = chunk.sums(("kl", "top1_disagreement", "lm_loss"), head_of(child, family, child_ND), chunk.logits_NV)
+            of_parent = (chunk.loss_N * counted_N).double().sum()
+            total = total + torch.stack([kl, other, of_parent, of_parent + increase])
+        sums.append(total)
+    return torch.stack(sums)
 
 
 class Text:

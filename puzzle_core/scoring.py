@@ -26,7 +26,7 @@ from puzzle_core.spec import PARENT, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 
-VERSION = 1  # raise when a change here, or in a module below, changes what a score is
+VERSION = 2  # raise when a change here, or in a module below, changes what a score is
 # metric: (which text it is measured on, what is measured for each of its tokens)
 TEXT_METRICS = {
     "kl": ("validation", "kl"),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from puzzle_core.families import Family
 from puzzle_core.parents import Parent
 from puzzle_core.spec import BLOCK, SUBBLOCKS
 
@@ -123,12 +124,17 @@ def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None 
 @torch.no_grad()
 def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
     """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
+    return head_of(parent.model, parent.family, hidden_ND)
+
+
+def head_of(model: PreTrainedModel, family: Family, hidden_ND: Tensor) -> Tensor:
+    """The same of any model of the family, a child too: [N, V]."""
     # Together these have every field that any causal LM asks of its body's output.
     body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
     body.cross_attentions = None
     # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
-    with _answering({parent.model.base_model, parent.model.get_submodule(parent.family.layers.rpartition(".")[0])}, body):
-        return parent.model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
+    with _answering({model.base_model, model.get_submodule(family.layers.rpartition(".")[0])}, body):
+        return model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
 @dataclass

@@ -23,11 +23,12 @@ def run(cfg):
         library = tables.read("library", data / "library.parquet")
         child = make_child(parent, solution.architecture, tables.variant_files(library, data / "blocks"))
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        batches = corpus.batches("validation", **plain(cfg.evaluation.text), seed="evaluation")
+        settings = fill(evaluation.Settings, cfg.evaluation)
+        ids = torch.as_tensor(settings.batches(corpus)[0][:1], device=parent.device)
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
-            verify_reload(child, part, torch.as_tensor(batches[0][:1], device=parent.device))
-            metrics = evaluation.measure(parent.model, child, batches, solution.scenario, cfg.evaluation.repeats)
+            verify_reload(child, part, ids)
+            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, settings)
             cards.write(part, parent, solution, metrics, HOW, corpus.name)
         for name, row in metrics.items():
             write_json(out / "metrics" / f"{name}.json", row)

@@ -8,7 +8,7 @@ import torch
 from conftest import EXCERPT, PICO_CONFIG, architecture, variants
 from torch import nn
 
-from puzzle_core import bld, costs, evaluation, gkd, learners, scoring, surgery, tables, windows
+from puzzle_core import bld, costs, evaluation, gkd, learners, quality, scoring, surgery, tables, windows
 from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
@@ -282,6 +282,32 @@ def test_gkd_brings_the_child_closer_to_the_parent(pico, corpus, tmp_path):
     curve = gkd.distill(pico.model, child, list(corpus.sequences("train", 8192, 64, seed="gkd")), settings, 0, tmp_path / "work")
     assert len(curve) == 32 and {"step", "loss", "kl", "cosine", "learning_rate"} == set(curve[0])
     assert evaluation.compare(pico.model, child, batches)["child"]["kl"] < 0.8 * before
+
+
+def test_a_model_has_lost_nothing_against_itself_and_logits_are_made_a_few_tokens_at_a_time(pico, corpus, monkeypatch):
+    made, weight = [], pico.model.lm_head.weight
+
+    def lm_head(hidden):
+        made.append(hidden.shape[:-1].numel())
+        return nn.functional.linear(hidden, weight)
+
+    monkeypatch.setattr(pico.model.lm_head, "forward", lm_head)
+    monkeypatch.setattr(quality, "TOKENS_AT_ONCE", 48)
+    rows = evaluation.compare(pico.model, pico.model, corpus.batches("validation", 512, 64, 4, seed="evaluation"))
+    assert rows["child"] == rows["parent"] and rows["child"]["kl"] == 0 and set(made) == {48, 16}
+
+
+def test_quality_is_measured_on_each_domain_of_the_corpus(pico, tmp_path):
+    settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 128, 1)
+    known = Corpus(pico.tokenizer, {**EXCERPT, "domain_column": "source"})
+    child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
+    rows = evaluation.by_domain(pico.model, child, known, settings)["child"]
+    assert {name.split("_", 1)[1] for name in rows if name.startswith("kl_")} == {"django", "postgres", "python", "rustbooks", "wikilead"}
+    own = [d.text for d in known.splits["validation"] if d.domain == "django"]
+    ids = known.sequences("validation", 128, 64, "evaluation", domain="django")
+    assert pico.tokenizer.decode(ids[0])[:40] in " ".join(own)
+    assert rows["kl_django"] == evaluation.compare(pico.model, child, [ids])["child"]["kl"]
+    assert evaluation.by_domain(pico.model, child, Corpus(pico.tokenizer, EXCERPT), settings)["child"] == {}
 
 
 def test_gkd_losses_are_zero_between_a_model_and_itself(pico):
