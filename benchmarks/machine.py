@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.demo import save_result
@@ -37,6 +38,19 @@ def random_parent(name: str, dtype: str, device: torch.device) -> Parent:
         return load_parent("random", dtype=dtype, device=device, config=geometry(name))
 
 
+class RandomTokens:
+    """Stands in for a corpus: as many token batches as asked for."""
+
+    fingerprint = "random"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def batches(self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str) -> list[np.ndarray]:
+        generator = np.random.default_rng(len(seed))
+        return [generator.integers(1, self.vocab_size, (batch_size, seq_len)) for _ in range(-(-num_tokens // (seq_len * batch_size)))]
+
+
 def now(device: torch.device) -> float:
     """Seconds, when all that was asked of `device` is done."""
     if device.type == "cuda":
@@ -55,6 +69,17 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int | Non
             a @ b
         best = min(best, (now(device) - start) / 4)
     return 2 * size**3 / best
+
+
+def bytes_per_s(device: torch.device) -> float:
+    """The rate of a large copy, measured, reading and writing counted."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        start = now(device)
+        target.copy_(source)
+        best = min(best, now(device) - start)
+    return 2 * source.numel() / best
 
 
 def write_results(name: str, figures: object, device: torch.device) -> Path:

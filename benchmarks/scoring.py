@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import matmul_flops_per_s, now, random_parent, write_results
+from benchmarks.machine import bytes_per_s, matmul_flops_per_s, now, random_parent, write_results
 from puzzle_core.parents import Parent, pick_device
 from puzzle_core.quality import Text
 from puzzle_core.scoring import Scorer
@@ -85,17 +85,6 @@ def floor_of(parent: Parent, layer: int, subblock: str, module: nn.Module, num_t
     return {"flops": per_token * num_tokens, "bytes": moved}
 
 
-def bytes_per_s(device: torch.device) -> float:
-    """The rate of a large copy, measured, reading and writing counted."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        start = now(device)
-        target.copy_(source)
-        best = min(best, now(device) - start)
-    return 2 * source.numel() / best
-
-
 def measure(name: str, options: argparse.Namespace, device: torch.device, rate: float, bandwidth: float) -> tuple[dict, list[dict]]:
     """The figures of one geometry, and those of each of its sampled variants."""
     parent = random_parent(name, options.dtype, device)
@@ -153,7 +142,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--tokens", type=int, default=32768 if on_gpu else 2048)
     parser.add_argument("--seq-len", type=int, default=1024 if on_gpu else 128)
     parser.add_argument("--batch-size", type=int, default=8 if on_gpu else 4)
-    parser.add_argument("--layers", type=int, default=16, help="how many layers are sampled, evenly")
+    parser.add_argument("--layers", type=int, default=6, help="how many layers are sampled, evenly")
     parser.add_argument("--at-once", type=int, default=8 if on_gpu else 1)
     parser.add_argument("--head-tokens", type=int, default=4096 if on_gpu else 512)
     parser.add_argument("--memory-gib", type=float, help="for what is held; default: as much as it takes")
@@ -161,14 +150,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parser.parse_args(arguments)
     rate = matmul_flops_per_s(device, torch.bfloat16 if on_gpu else getattr(torch, options.dtype))
     bandwidth = bytes_per_s(device)
-    measured = [measure(name, options, device, rate, bandwidth) for name in options.parents.split(",")]
-    figures = [summary for summary, _ in measured]
-    print(pd.DataFrame(figures).T.to_string(float_format=lambda value: f"{value:,.4g}"))
-    print(f"products {rate / 1e12:,.4g} TFLOP/s, copies {bandwidth / 1e9:,.4g} GB/s, both measured here")
-    details = {summary["parent"]: rows for summary, rows in measured}
-    asked = {key: value for key, value in vars(options).items() if value is not None}
-    results = {"asked": asked, "matmul_flops_per_s": rate, "bytes_per_s": bandwidth, "geometries": figures, "variants": details}
-    print(f"written: {write_results('scoring', results, device)}")
+    print(f"products {rate / 1e12:,.4g} TFLOP/s, copies {bandwidth / 1e9:,.4g} GB/s, both measured here", flush=True)
+    asked, figures, details = {key: value for key, value in vars(options).items() if value is not None}, [], {}
+    for name in options.parents.split(","):
+        summary, details[name] = measure(name, options, device, rate, bandwidth)
+        figures.append(summary)
+        print(pd.Series(summary).to_string(float_format=lambda value: f"{value:,.4g}"), flush=True)
+        results = {"asked": asked, "matmul_flops_per_s": rate, "bytes_per_s": bandwidth, "geometries": figures, "variants": details}
+        print(f"written: {write_results('scoring', results, device)}", flush=True)
     return figures
 
 

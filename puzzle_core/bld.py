@@ -67,7 +67,9 @@ def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings
         [(job.layer, job.subblock, job.variant) for job in missing],
         budgets,
         memory_gib=settings.memory_gib,
-        closed_form_linear=settings.ridge is not None,
+        ridge=settings.ridge is not None,
+        compiled=settings.compile,
+        target=settings.target,
         **shape,
     )
     batches = {

@@ -2,19 +2,21 @@
 
 Works on a parent without weights (the meta device) as well as on a loaded one.
 """
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from puzzle_core.learners import is_trained
 from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
-from puzzle_core.spec import NO_OP, PARENT, Variant
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, PARENT, Variant
 from puzzle_core.subblocks import build_subblock
-from puzzle_core.surgery import last_projection
 
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
+MOVED_PER_TRAINED = 32  # of those, in a step: each read and written once
+CUBLAS_BYTES = 2 * 32 * 2**20  # workspaces that cuBLAS keeps on a GPU, one for each of the two streams that BLD uses
 
 
 @dataclass(frozen=True)
@@ -27,49 +29,111 @@ class Plan:
     peak_bytes: int  # of the fullest window
     training_flops: float
     parent_flops: float
+    moved_bytes: float  # at least, to and from memory: optimizer state, the parent's weights, what backward keeps, once a step each
 
 
-def _matrix_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+@dataclass(frozen=True)
+class _Costs:
+    """Of one variant, or of the parent's own subblock."""
+
+    params: int
+    forward_flops: float  # of a token
+    training_flops: float  # of a token: forward, gradients of the weights, gradient into what enters the last projection
+    inner: int  # values of a token between input and last projection: outputs of the first matrices
+    last_inputs: int  # of the last projection; 0 where the refit has none to refit
+
+
+def _costs(parent: Parent, subblock: str, variant: Variant, seq_len: int) -> _Costs:
+    """2 FLOPs a weight and token forward, 2 for the weight's gradient, 2 more for the gradient into the last matrix.
+
+    Of experts, those that a token is sent to. Causal attention's two products count forward once and backward twice:
+    4 FLOPs for each query channel and token that is attended to.
+    """
+    config, names = parent.model.config.get_text_config(), parent.family.subblock(subblock)
+    module = build_subblock(parent, 0, subblock, variant)
+    matrices = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
+    used = {name: p.numel() * (config.num_experts_per_tok / len(p) if p.dim() == 3 else 1) for name, p in matrices.items()}
+    last = sum(size for name, size in used.items() if name.startswith(names.last))
+    last_inputs = int(last) // config.hidden_size
+    attended = 0.0
+    if subblock == ATTENTION and last:
+        window = min(variant.size, seq_len) if variant.kind == "window" else seq_len
+        attended = 4 * last_inputs * window * (1 - window / (2 * seq_len))
+    forward = 2 * sum(used.values()) + attended
+    return _Costs(
+        params=sum(p.numel() for p in module.parameters()),
+        forward_flops=forward,
+        training_flops=2 * forward + 2 * last + attended,
+        inner=int(sum(used.values()) - last) // config.hidden_size,
+        last_inputs=config.hidden_size if variant.kind == "linear" else last_inputs * (variant.kind != "e"),
+    )
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Of one layer's wanted variants: parameters trained, FLOPs for each token, channels and outputs that stand in memory."""
+    """Of one layer's wanted variants: parameters, FLOPs of a token, bytes that come and go while they are at work."""
 
-    params: int
-    shell_params: int
-    flops_per_token: float
-    wide: int  # values of width one held for each token: FFN channels, attention projections
-    num_outputs: int
-    widest: int  # inputs of the largest last projection: what the refit's statistics are squares of
-
-    def refit_bytes(self, tokens: int, itemsize: int) -> int:
-        """While one variant is refitted: its activations, in float32 too, and float64 statistics with what solving takes."""
-        return self.widest * (tokens * (3 * itemsize + 4) + 6 * 8 * self.widest)
+    params: int  # in training
+    shell_params: int  # of all, in the parent's dtype when they do not train
+    flops: float
+    kept: int  # values of a token that forward leaves for backward
+    step_bytes: int  # of the learner that takes most: activations and their gradients
+    refit_bytes: int  # of the variant that takes most
 
 
-def _layer(parent: Parent, wanted: list[tuple[str, Variant]], closed_form_linear: bool) -> _Layer:
-    """Forward 2 FLOPs a weight and token, gradient of the weights 2, gradient into the activations 2 for the last matrix."""
-    params = shell = wide = num_outputs = widest = 0
-    flops = 0.0
-    hidden = parent.model.config.get_text_config().hidden_size
-    for subblock, variant in wanted:
-        if variant in (PARENT, NO_OP):
-            continue
-        module = build_subblock(parent, 0, subblock, variant)
-        count = sum(p.numel() for p in module.parameters())
-        shell += count
-        last = last_projection(module, parent.family.subblock(subblock), variant)
-        widest = max(widest, _matrix_params(last) // hidden if last else 0)
-        if not is_trained(variant, closed_form_linear):
-            continue
-        matrices, of_last = _matrix_params(module), _matrix_params(last) if last else 0
-        params += count
-        flops += 4 * matrices + 2 * of_last
-        wide += (matrices - of_last) // hidden + of_last // hidden
-        num_outputs += 1
-    return _Layer(params, shell, flops, wide, num_outputs, widest)
+@dataclass(frozen=True)
+class _Shape:
+    """What a step works on: tokens of a batch, hidden size, bytes of a value, how it is computed."""
+
+    tokens: int
+    hidden: int
+    itemsize: int
+    compiled: bool
+    block_target: bool
+
+    def step_bytes(self, inner: int, last_inputs: int, num_outputs: int, subblock: str) -> int:
+        """While one learner's gradient is made: `inner` activations, what backward keeps of them, and their gradients.
+
+        An FFN keeps inner values and their products, or makes gradients of them, three times in all at the fullest moment.
+        Losses are float32: an error for each output, unless a compiled kernel makes it again.
+        """
+        if subblock == ATTENTION:  # before and after the rotary embedding, and the gradients of both
+            return self.tokens * self.itemsize * (4 * inner + 2 * last_inputs + 3 * self.hidden)
+        outputs = num_outputs * self.hidden
+        if self.compiled:
+            return self.tokens * self.itemsize * (3 * inner + 2 * outputs)
+        losses = outputs * (self.itemsize + 4) + 2 * 4 * self.hidden
+        return self.tokens * max(3 * inner * self.itemsize, 2 * inner * self.itemsize + losses)
+
+    def refit_bytes(self, last_inputs: int) -> int:
+        """One batch's activations, in float32 too, beside the float64 statistics; or the statistics and what solving takes."""
+        square, cross = 8 * last_inputs**2, 8 * last_inputs * self.hidden
+        batch = self.tokens * max(4 * last_inputs * self.itemsize, last_inputs * (self.itemsize + 4) + 4 * self.hidden)
+        return max(batch + 2 * square + 2 * cross + square // 2, 5 * square + 7 * cross)
+
+
+def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant]], shape: _Shape, ridge: bool) -> _Layer:
+    made = [(s, v, costs_of(s, v)) for s, v in wanted if v not in (PARENT, NO_OP)]
+    trained = [(s, v, c) for s, v, c in made if is_trained(v, ridge)]
+    together = [c for _, v, c in trained if v.kind == "w" and not shape.block_target]
+    learners = [(FFN, together)] if together else []
+    learners += [(s, [c]) for s, v, c in trained if v.kind != "w" or shape.block_target]
+    own, steps = {s: costs_of(s, PARENT) for s in (ATTENTION, FFN)}, []
+    for subblock, some in learners:
+        steps.append(shape.step_bytes(sum(c.inner for c in some), max(c.last_inputs for c in some), len(some), subblock))
+        if shape.block_target and subblock == ATTENTION:  # the gradient comes down through the parent's FFN
+            steps[-1] += shape.step_bytes(own[FFN].inner, own[FFN].last_inputs, 1, FFN)
+    flops = sum(c.training_flops for _, _, c in trained)
+    if shape.block_target:
+        flops += sum(2 * own[FFN].forward_flops if s == ATTENTION else own[ATTENTION].forward_flops for s, _, _ in trained)
+    return _Layer(
+        params=sum(c.params for _, _, c in trained),
+        shell_params=sum(c.params for _, _, c in made),
+        flops=flops,
+        kept=sum(c.inner for _, _, c in trained),
+        step_bytes=max(steps, default=0),
+        refit_bytes=max((shape.refit_bytes(c.last_inputs) for _, _, c in made if c.last_inputs), default=0) if ridge else 0,
+    )
 
 
 def plan(
@@ -79,57 +143,67 @@ def plan(
     seq_len: int,
     batch_size: int,
     memory_gib: float | None,
-    closed_form_linear: bool = True,
+    ridge: bool = True,
+    compiled: bool = False,
+    target: str = "subblock",
 ) -> Plan:
     """Divide the layers of `wanted` (layer, subblock, variant) into windows that fit in `memory_gib` of the parent's device.
 
-    `budgets` are tokens for calibration, train and val. None for memory: what the GPU has, no limit on a CPU.
-    ValueError if a single layer does not fit.
+    `budgets` are tokens for calibration, train and val. None for memory: what the GPU has, no limit on a CPU. `ridge`,
+    `compiled` and `target` as in bld's settings. ValueError if a single layer does not fit.
     """
     itemsize, hidden = parent.model.dtype.itemsize, parent.model.config.get_text_config().hidden_size
+    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, seq_len))
+    shape = _Shape(seq_len * batch_size, hidden, itemsize, compiled, target == "block")
     layers = sorted({layer for layer, _, _ in wanted})
-    of_layer = {layer: _layer(parent, [(s, v) for n, s, v in wanted if n == layer], closed_form_linear) for layer in layers}
-    tokens = seq_len * batch_size
-    num_steps = -(-budgets["train"] // tokens)
-    held = (budgets["calibration"] + 2 * budgets["val"]) * hidden * itemsize
-    fixed = num_bytes(parent.model) + held
-    need = {n: layer.params * BYTES_PER_TRAINED + layer.shell_params * itemsize for n, layer in of_layer.items()}
+    of_layer = {n: _layer(parent, costs_of, [(s, v) for m, s, v in wanted if m == n], shape, ridge) for n in layers}
+    a_batch = shape.tokens * hidden * itemsize  # its hidden states
+    num_batches = {use: -(-tokens // shape.tokens) for use, tokens in budgets.items()}
+    fixed = num_bytes(parent.model) + (num_batches["calibration"] + 2 * num_batches["val"]) * a_batch
+    fixed += CUBLAS_BYTES if parent.device.type == "cuda" else 0
+    calls = 5 * (num_batches["calibration"] + num_batches["val"]) * a_batch  # what a layer's subblocks see and say
+    held = {n: layer.shell_params * itemsize + 2 * a_batch for n, layer in of_layer.items()}  # and a call to measure its cache
     if parent.shards is not None:  # a window holds its own layers and, while it runs those below, one more
         sizes = [num_bytes(layer) for layer in parent.layers]
         fixed -= sum(sizes) - max(sizes)
-        need = {n: size + sizes[n] for n, size in need.items()}
-    training = max(tokens * itemsize * 3 * (layer.wide + layer.num_outputs * hidden) for layer in of_layer.values())
-    calls = (budgets["calibration"] + budgets["val"]) * hidden * itemsize * 5  # what a layer's subblocks see and say
-    working = max(training, calls + max(layer.refit_bytes(tokens, itemsize) for layer in of_layer.values()))
-    limit = _limit(parent.device, memory_gib)
-    hiddens = budgets["train"] * hidden * itemsize
-    smallest = fixed + working + max(need.values())
+        held = {n: size + sizes[n] for n, size in held.items()}
+
+    def peak(window: list[int]) -> int:
+        """While the last layer is initialised, the others' variants are there; or while all train, one layer at a time."""
+        some = [of_layer[n] for n in window]
+        initialising = max(4 * layer.shell_params + layer.refit_bytes for layer in some) + calls
+        casts = max(layer.params for layer in some) * itemsize * (itemsize < 4)
+        training = sum(layer.params for layer in some) * BYTES_PER_TRAINED + casts + max(layer.step_bytes for layer in some) + 9 * a_batch
+        return fixed + sum(held[n] for n in window) + max(initialising, training if num_batches["train"] else 0)
+
+    limit, hiddens = _limit(parent.device, memory_gib), num_batches["train"] * a_batch
+    smallest = max(peak([n]) for n in layers)
     holds_training = smallest + hiddens <= limit
-    if holds_training:
-        windows, fixed = [range(n, n + 1) for n in of_layer], fixed + hiddens
-    else:
-        if smallest > limit:
-            raise ValueError(
-                f"bld does not fit in {limit / GIB:.1f} GiB: one layer's variants need {smallest / GIB:.1f} GiB. "
-                "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
-            )
-        windows = _pack(need, limit - fixed - working, _num_held(parent))
-    block = sum(p.numel() for p in parent.layers[0].parameters() if p.dim() >= 2)
-    passes = max(of_layer) + 1 if holds_training else sum(window.stop for window in windows)
+    if smallest > limit:
+        raise ValueError(
+            f"bld does not fit in {limit / GIB:.1f} GiB: one layer's variants need {smallest / GIB:.1f} GiB. "
+            "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
+        )
+    windows = [[n] for n in layers] if holds_training else _pack(layers, lambda some: peak(some) <= limit, _num_held(parent))
+    passes = max(layers) + 1 if holds_training else sum(window[-1] + 1 for window in windows)  # layers run over the training tokens
+    tokens, num_steps = num_batches["train"] * shape.tokens, num_batches["train"]
+    moved = sum(layer.params * MOVED_PER_TRAINED + 2 * layer.kept * shape.tokens * itemsize for layer in of_layer.values())
+    moved += passes * sum(costs_of(s, PARENT).params for s in (ATTENTION, FFN)) * itemsize
     return Plan(
-        windows=windows,
+        windows=[range(window[0], window[-1] + 1) for window in windows],
         holds_training=holds_training,
         num_steps=num_steps * len(windows),
-        peak_bytes=int(fixed + working + max(sum(need[n] for n in window if n in need) for window in windows)),
-        training_flops=float(num_steps * tokens * sum(layer.flops_per_token for layer in of_layer.values())),
-        parent_flops=float(2 * block * passes * num_steps * tokens),
+        peak_bytes=max(map(peak, windows)) + hiddens * holds_training,
+        training_flops=float(tokens * sum(layer.flops for layer in of_layer.values())),
+        parent_flops=float(tokens * passes * sum(costs_of(s, PARENT).forward_flops for s in (ATTENTION, FFN))),
+        moved_bytes=float(num_steps * moved),
     )
 
 
 def _limit(device: torch.device, memory_gib: float | None) -> float:
     if memory_gib is not None:
         return memory_gib * GIB
-    return 0.9 * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else float("inf")
+    return 0.9 * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
 
 
 def _num_held(parent: Parent) -> int:
@@ -144,13 +218,12 @@ def _num_held(parent: Parent) -> int:
     return parent.shards.max_layers - 1
 
 
-def _pack(need: dict[int, int], room: float, num_held: int) -> list[range]:
+def _pack(layers: list[int], fits, num_held: int) -> list[list[int]]:
     """Consecutive layers to a window, as many as fit."""
-    windows, start, used = [], None, 0
-    for layer, size in need.items():
-        if start is None or used + size > room or layer - start >= num_held:
-            if start is not None:
-                windows.append(range(start, layer))
-            start, used = layer, 0
-        used += size
-    return [*windows, range(start, max(need) + 1)]
+    windows: list[list[int]] = []
+    for layer in layers:
+        if windows and layer - windows[-1][0] < num_held and fits([*windows[-1], layer]):
+            windows[-1].append(layer)
+        else:
+            windows.append([layer])
+    return windows

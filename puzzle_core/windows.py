@@ -294,7 +294,8 @@ class Window:
 class Captured:
     """`step` as one CUDA graph: launching its kernels one by one would take longer than they do.
 
-    The first calls run as they are, because what is made only once must not be captured.
+    The first calls run as they are, because what is made only once must not be captured. All run on one stream: cuBLAS
+    keeps a workspace for every stream that it has ever seen.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor]):
@@ -303,7 +304,7 @@ class Captured:
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
         self.num_calls += 1
         if self.num_calls <= 3:
-            stream = torch.cuda.Stream()
+            stream = _side_stream(hidden_BTD.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 out_BTD = self.step(hidden_BTD)
@@ -311,7 +312,7 @@ class Captured:
             return out_BTD
         if self.graph is None:
             self.hidden_BTD, self.graph = hidden_BTD.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=_side_stream(hidden_BTD.device)):
                 self.out_BTD = self.step(self.hidden_BTD)
         self.hidden_BTD.copy_(hidden_BTD)
         self.graph.replay()
@@ -319,5 +320,11 @@ class Captured:
 
 
 @functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
 def _compiled_losses() -> Callable:
+    torch._dynamo.config.recompile_limit = 64  # one form of it for each shape of learner; past the limit they run uncompiled
     return torch.compile(Learner.losses, dynamic=False)
