@@ -32,6 +32,21 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def accuracies(rows: dict[str, dict[str, float]]) -> str:
+    """Accuracy on each task, ± standard error, of rows of metrics by title, as Markdown; "" where none was measured."""
+    tasks = [key.removesuffix("_chance") for key in rows["parent"] if key.endswith("_chance")]
+    if not tasks:
+        return ""
+    rows = {title: row for title, row in rows.items() if f"{tasks[0]}_accuracy" in row}
+    lines = ["| | " + " | ".join(tasks) + " | retained |", "|---" * (len(tasks) + 2) + "|"]
+    lines.append("| chance | " + " | ".join(f"{rows['parent'][f'{task}_chance']:.3f}" for task in tasks) + " | |")
+    for title, row in rows.items():
+        cells = [f"{row[f'{task}_accuracy']:.3f} ± {row[f'{task}_accuracy_stderr']:.3f}" for task in tasks]
+        share = f"{row['accuracy_retained']:.1%} ± {row['accuracy_retained_stderr']:.1%}" if "accuracy_retained" in row else ""
+        lines.append(f"| {title} | " + " | ".join([*cells, share]) + " |")
+    return "\n".join(lines) + "\n\nAccuracy on tasks, by lm-eval; retained: the child's accuracy over chance as a share of the parent's.\n"
+
+
 def _architecture(architecture: Architecture) -> str:
     """How many layers got which variant, then layer by layer, equal neighbours in one row."""
     counts = [Counter(str(architecture[layer, s]) for layer in range(len(architecture.layers))) for s in SUBBLOCKS]
@@ -62,6 +77,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 {table}
 
+{accuracies}
 Asked for: {constraints}. Workload {scenario} (batch, prompt, generated tokens) in {dtype} on {hardware}; quality on held-out
 text of {corpus}; torch {torch}, transformers {transformers}.
 
@@ -94,6 +110,11 @@ def write(folder: Path, parent: Parent, solution: Solution, measured: dict[str, 
         eval_results=[
             EvalResult("text-generation", dataset_type=corpus, dataset_name=corpus, metric_type=key, metric_value=measured["child"][key])
             for key in ("kl", "perplexity", "top1_agreement")
+        ]
+        + [
+            EvalResult("text-generation", dataset_type=task, dataset_name=task, metric_type="accuracy", metric_value=value)
+            for key, value in measured["child"].items()
+            if (task := key.removesuffix("_accuracy")) != key
         ],
     )
     rows = {"parent": measured["parent"], "this child, as the search predicted": solution.predicted(), "this child": measured["child"]}
@@ -105,6 +126,7 @@ def write(folder: Path, parent: Parent, solution: Solution, measured: dict[str, 
         needs="It needs torch and transformers"
         + ("." if is_parent else "; `modeling_puzzle.py`, which lies beside the weights, builds the layers that differ."),
         table=table(rows),
+        accuracies=accuracies(rows),
         constraints=", ".join(f"{c.name} {c.limit:g}" for c in solution.constraints) or "nothing",
         scenario=solution.scenario,
         dtype=str(parent.model.dtype).removeprefix("torch."),

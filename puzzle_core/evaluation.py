@@ -11,6 +11,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.costs import side_by_side
 from puzzle_core.quality import sequence_sums
 from puzzle_core.spec import Scenario
+from puzzle_core.tasks import Answers, Exam, Task, retained
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Settings:
     text: dict[str, int]  # num_tokens, seq_len, batch_size of held-out text
     domain_tokens: int  # of each domain that the corpus knows, beside it; 0: none
     repeats: int  # timed requests of each model
+    tasks: dict[str, dict | None] | None  # name: what a Task is made of; None: no questions are asked
+    task_batch_size: int  # answers in one forward pass
 
     def batches(self, corpus: Corpus, domain: str | None = None) -> list:
         """Held-out token batches [B, T], of all text or of one domain."""
@@ -57,14 +60,42 @@ def by_domain(parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, s
     return rows
 
 
+def accuracies(parent: PreTrainedModel, child: PreTrainedModel, tokenizer, settings: Settings) -> dict[str, dict[str, float]]:
+    """Accuracy on each task with its standard error, chance, and the share of the parent's accuracy over chance that the child
+    has: of each task, and of all together (`accuracy_retained`). A share is left out where the parent does not beat chance."""
+    rows: dict[str, dict[str, float]] = {"parent": {}, "child": {}}
+    if not settings.tasks:
+        return rows
+    exam = Exam([Task.of(*entry) for entry in settings.tasks.items()], settings.task_batch_size)
+    of_parent, of_child = (exam.ask(model, tokenizer) for model in (parent, child))
+    for name, answers in (("parent", of_parent), ("child", of_child)):
+        for task, of_task in answers.items():
+            rows[name] |= {f"{task}_accuracy": of_task.accuracy, f"{task}_accuracy_stderr": of_task.stderr, f"{task}_chance": of_task.chance}
+            rows[name] |= _share(task, [of_parent[task]], [of_task])
+        rows[name] |= _share("accuracy", list(of_parent.values()), list(answers.values()))
+    return rows
+
+
+def _share(name: str, parent: list[Answers], child: list[Answers]) -> dict[str, float]:
+    found = retained(parent, child)
+    return dict(zip((f"{name}_retained", f"{name}_retained_stderr"), found, strict=True)) if found else {}
+
+
 def measure(
     parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, scenario: Scenario, settings: Settings
 ) -> dict[str, dict[str, float]]:
     """One row of metrics for the parent and one for the child, the same names as search's prediction has."""
+    answers = accuracies(parent, child, corpus.tokenizer, settings)
     quality, domains = compare(parent, child, settings.batches(corpus)), by_domain(parent, child, corpus, settings)
     totals = side_by_side({"parent": parent, "child": child}, scenario, settings.repeats, warmup=1)
     return {
-        name: {**quality[name], "speedup": totals["parent"]["latency_ms"] / totals[name]["latency_ms"], **totals[name], **domains[name]}
+        name: {
+            **quality[name],
+            "speedup": totals["parent"]["latency_ms"] / totals[name]["latency_ms"],
+            **totals[name],
+            **answers[name],
+            **domains[name],
+        }
         for name in quality
     }
 

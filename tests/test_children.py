@@ -132,13 +132,15 @@ ROW = {"speedup": 1.0, "latency_ms": 10.0, "memory_mib": 6.0, "num_params": 2000
 def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement(parent, tmp_path, license):
     origin = Origin("owner/model", "[owner/model](https://huggingface.co/owner/model) at revision abc", license, "owner/model")
     object.__setattr__(parent, "origin", origin)
-    measured = {"parent": ROW, "child": {**ROW, "speedup": 1.875, "kl": 0.375}}
+    answers = {"piqa_accuracy": 0.6, "piqa_accuracy_stderr": 0.01, "piqa_chance": 0.5, "accuracy_retained": 0.9, "accuracy_retained_stderr": 0.05}
+    measured = {"parent": {**ROW, **answers}, "child": {**ROW, **answers, "speedup": 1.875, "kl": 0.375}}
     cards.write(tmp_path, parent, solution_of(MIXED), measured, "Put together.", "excerpt")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.base_model, card.data.pipeline_tag) == (license, "owner/model", "text-generation")
     assert {"puzzle", "custom_code"} <= set(card.data.tags)
-    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0}
-    rows = ("| 2.00 × | 5 |", "| 1.88 × | 10 |", "| 2 | kv1 | no_op |")
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert results == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0, "accuracy": 0.6}
+    rows = ("| 2.00 × | 5 |", "| 1.88 × | 10 |", "| 2 | kv1 | no_op |", "| this child | 0.600 ± 0.010 | 90.0% ± 5.0% |")
     for words in ("at revision abc", "Asked for: speedup 1.5", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
         assert words in card.text, words
     assert ("apache-2.0" if license else "not recorded") in card.text

@@ -298,7 +298,7 @@ def test_a_model_has_lost_nothing_against_itself_and_logits_are_made_a_few_token
 
 
 def test_quality_is_measured_on_each_domain_of_the_corpus(pico, tmp_path):
-    settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 128, 1)
+    settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 128, 1, None, 1)
     known = Corpus(pico.tokenizer, {**EXCERPT, "domain_column": "source"})
     child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
     rows = evaluation.by_domain(pico.model, child, known, settings)["child"]

@@ -1,0 +1,133 @@
+"""Accuracy on tasks is what the model's own log-likelihoods say, with errors that resampling confirms."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXCERPT, ROOT, architecture, variants
+
+from puzzle_core import evaluation, tasks
+from puzzle_core.children import make_child
+from puzzle_core.corpus import Corpus
+from puzzle_core.spec import Scenario
+from puzzle_core.tasks import Answers, Exam, Task, retained
+
+SAMPLE = [json.loads(line) for line in (ROOT / "data/questions/sample.jsonl").read_text().split("\n") if line]
+
+
+def written(path, rows: list[dict]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@torch.no_grad()
+def loglikelihood(parent, before: str, after: str) -> float:
+    start, ids = (parent.tokenizer(text, return_tensors="pt").input_ids for text in (before, before + after))
+    log_p = parent.model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return log_p[start.shape[1] - 1 :].sum().item()
+
+
+def test_multiple_choice_is_answered_by_log_likelihood(pico, tmp_path):
+    rows = [{"query": row["question"] + "\n" * (n % 2), "choices": row["choices"], "gold": row["answer"]} for n, row in enumerate(SAMPLE)]
+    exam = Exam([Task(metric, written(tmp_path / "q.jsonl", rows), metric=metric) for metric in ("acc", "acc_norm")], batch_size=5)
+    got = exam.ask(pico.model, pico.tokenizer)
+    for metric, answers in got.items():
+        expected = []
+        for row in rows:
+            prompt, space = row["query"].rstrip(), row["query"][len(row["query"].rstrip()) :] or " "
+            ranks = [loglikelihood(pico, prompt, space + c) / (len(c) if metric == "acc_norm" else 1) for c in row["choices"]]
+            expected.append(float(np.argmax(ranks) == row["gold"]))
+        assert answers.right_N.tolist() == expected and 0 < sum(expected) < len(rows)
+        assert answers.chance == pytest.approx(np.mean([1 / len(row["choices"]) for row in rows]))
+    assert got["acc"].right_N.tolist() != got["acc_norm"].right_N.tolist()
+
+
+def test_a_cloze_is_right_where_the_model_would_say_it_and_a_schema_where_its_text_is_likelier(pico, tmp_path):
+    said, rows = [], []
+    for row in SAMPLE:
+        ids = pico.tokenizer(row["question"], return_tensors="pt").input_ids
+        word = pico.tokenizer.decode(pico.model(ids).logits[0, -1].argmax())
+        said.append(float(word.isascii() and word.isalnum()))
+        rows.append({"context": row["question"], "continuation": word if said[-1] else "~"})
+    schemas = [{"context_options": row["choices"][:2], "continuation": row["question"], "gold": 1} for row in SAMPLE]
+    exam = Exam(
+        [
+            Task("cloze", written(tmp_path / "cloze.jsonl", rows), delimiter=""),
+            Task("schema", written(tmp_path / "schema.jsonl", schemas), num_questions=10),
+        ],
+        batch_size=7,
+    )
+    got = exam.ask(pico.model, pico.tokenizer)
+    assert got["cloze"].right_N.tolist() == said and 0 < sum(said) < len(said) and got["cloze"].chance == 0
+    drawn = [schemas[n] for n in tasks.drawn(len(schemas), 10, "")]
+    likelier = [[loglikelihood(pico, text, f" {row['continuation']}") for text in row["context_options"]] for row in drawn]
+    assert got["schema"].right_N.tolist() == [float(second > first) for first, second in likelier] and got["schema"].chance == 0.5
+
+
+def test_tasks_of_lm_eval_are_asked_by_name_a_group_as_one(pico, tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    file = written(tmp_path / "q.jsonl", SAMPLE)
+    parts = {name: tasks._local(Task(name, file)) for name in ("one", "two")}
+
+    class Manager:
+        all_tasks = ["both", "one", "two"]
+
+        def load(self, names):
+            return {"tasks": parts if names == ["both"] else {names[0]: parts[names[0]]}}
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+    got = Exam([Task("both", num_questions=6, num_fewshot=1)], batch_size=8).ask(pico.model, pico.tokenizer)["both"]
+    assert len(got.right_N) == 12 and (got.right_N[:6] == got.right_N[6:]).all()
+    assert all(i.args[0].count("\n\n") == 1 for i in parts["one"].instances)
+    with pytest.raises(ValueError, match=r"lm-eval has no task 'bothh'. Did you mean 'both'\?"):
+        Exam([Task("bothh")], batch_size=8)
+    with pytest.raises(ValueError, match="evaluation.tasks.one: no metric 'f1', only acc, acc_norm"):
+        Exam([Task("one", metric="f1")], batch_size=8).ask(pico.model, pico.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"context": "a"}, "question 0: expected a text in context and one in continuation"),
+        ({"context_options": ["a"], "continuation": "b", "gold": 0}, "question 0: expected a list of two texts or more in context_options"),
+        ({"context_options": ["a", "b"], "continuation": "b", "gold": 2}, "gold is 2; expected a choice or its index, 0 to 1"),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_named(tmp_path, row, words):
+    with pytest.raises(ValueError, match=words):
+        Exam([Task("mine", written(tmp_path / "q.jsonl", [row]))], batch_size=1)
+
+
+def test_an_unknown_key_of_a_task_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown key 'num_question' in evaluation.tasks.mine. Did you mean 'num_questions'\?"):
+        Task.of("mine", {"num_question": 3})
+
+
+def test_the_error_of_what_is_retained_is_that_of_resampled_questions():
+    random = np.random.default_rng(0)
+    parents = [Answers((random.random(n) < share).astype(float), chance) for n, share, chance in ((400, 0.6, 0.25), (250, 0.8, 0.5))]
+    children = [Answers(p.right_N * (random.random(len(p.right_N)) < 0.9), p.chance) for p in parents]
+    share, error = retained(parents, children)
+    assert share == pytest.approx(sum(c.accuracy - c.chance for c in children) / sum(p.accuracy - p.chance for p in parents))
+    resampled = []
+    for _ in range(2000):
+        picks = [random.integers(len(p.right_N), size=len(p.right_N)) for p in parents]
+        again = [[Answers(a.right_N[pick], a.chance) for a, pick in zip(some, picks, strict=True)] for some in (parents, children)]
+        resampled.append(retained(*again)[0])
+    assert error == pytest.approx(np.std(resampled), rel=0.1)
+    assert retained(parents, parents) == (1, 0)
+    assert retained([SimpleNamespace(accuracy=0.2, chance=0.25)], children[:1]) is None
+
+
+def test_a_childs_row_has_accuracies_beside_the_rest(pico, tmp_path):
+    corpus, file = Corpus(pico.tokenizer, EXCERPT), written(tmp_path / "q.jsonl", SAMPLE)
+    settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 0, 1, {"mine": {"path": file}}, 8)
+    child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
+    before = dict(pico.tokenizer.special_tokens_map)
+    rows = evaluation.measure(pico.model, child, corpus, Scenario(1, 8, 2), settings)
+    assert pico.tokenizer.special_tokens_map == before
+    assert rows["parent"].get("mine_retained", 0) == rows["parent"].get("accuracy_retained", 0) == (rows["parent"]["mine_accuracy"] > 0.25)
+    assert set(rows["child"]) == set(rows["parent"]) >= {"kl", "speedup", "mine_accuracy", "mine_accuracy_stderr", "mine_chance"}
+    assert all(isinstance(value, float | int) for row in rows.values() for value in row.values())
