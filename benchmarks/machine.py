@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.demo import save_result
-from puzzle_core.costs import hardware_name
 from puzzle_core.parents import Parent, load_parent
+from puzzle_core.serving import hardware_name
 
 GEOMETRIES = {  # random weights: right for speed, meaningless for quality
     "pico": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -82,12 +82,12 @@ def bytes_per_s(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
-def write_results(name: str, figures: object, device: torch.device) -> Path:
-    """docs/results/NAME.json: machine, versions, command, figures."""
+def write_results(name: str, figures: object, device: torch.device, suffix: str = "") -> Path:
+    """docs/results/NAME[SUFFIX].json: machine, versions, command, figures."""
     content = {
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": hardware_name(device),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers")}},
         "figures": figures,
     }
-    return save_result(name, content)
+    return save_result(name + suffix, content)

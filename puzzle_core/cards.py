@@ -6,9 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from puzzle_core.costs import hardware_name
 from puzzle_core.files import atomic
 from puzzle_core.parents import Parent
+from puzzle_core.serving import hardware_name
 from puzzle_core.spec import PARENT, SUBBLOCKS, Architecture, Solution
 
 COLUMNS = {

@@ -57,7 +57,7 @@ def summary(tables: dict[str, pd.DataFrame]) -> str:
 
 
 def _columns(name: str, table: pd.DataFrame) -> Iterator[str]:
-    wanted = {column: spec for column, spec in SCHEMAS[name].columns.items() if (name, column) != ("costs", "layer")}
+    wanted = {column: spec for column, spec in SCHEMAS[name].columns.items() if spec.default is None}  # the others may be left out
     for column in wanted.keys() - set(table):
         close = difflib.get_close_matches(column, set(table) - set(wanted), n=1)
         yield f"{name}: there is no column '{column}'" + (f"; rename '{close[0]}'?" if close else f"; add it ({wanted[column].dtype})")

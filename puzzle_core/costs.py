@@ -1,109 +1,82 @@
-"""Costs: what each variant takes on the machine at hand, measured in place, inside the whole model.
+"""Costs: what each variant takes on given hardware, as a table; what was measured before under the same conditions is not again.
 
-A variant's time is found by putting it into every layer. Requests to that model, to the parent and to all the other
-variants' models take turns: a variant's cost is the parent's plus the difference within a turn, a layer's share of it.
-So framework overhead and memory traffic are those of real use, drift of the machine cancels, and the parent's predicted
-total is its measured time (but for costs that noise would push below 0, which are set to 0).
+A variant's time is found in place: in every layer of the whole model, a turn of it against a turn of the parent. What it saves is
+the median of the turns' ratios, a layer's share of it; what no_op saves is what the parent's subblock costs. So overhead and
+memory traffic are those of real use, drift of the machine cancels, and the parent's predicted total is its measured time.
+
+    gain(v)   = (1 - median over turns of t_v / t_parent) * t_parent / layers
+    cost(v)   = gain(no_op) - gain(v)            the parent's gain is 0
+    outside   = t_parent - layers * (cost of the parent's attention + cost of its FFN)
+
+A difference that noise pushes below 0 is written as 0, with its spread: half the interquartile range of the turns, of differences
+the root of the sum of squares.
 """
-import platform
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from functools import partial
+from importlib.metadata import version
 
+import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant
+from puzzle_core.serving import Eager, Static, pick_serving, place, served
+from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, swapped
-from puzzle_core.trace import ParentRun, kv_bytes_per_token
 
+VERSION = 1  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
+TIMES = ("prefill_ms", "decode_ms")
+BASE = [*((s, v) for s in SUBBLOCKS for v in (PARENT, NO_OP)), (OUTSIDE, PARENT)]  # what the others are measured against
+Option = tuple[str, Variant]
+Costs = dict[str, tuple[float, float]]  # metric: value and spread
 
 
 @dataclass(frozen=True)
-class Request:
-    """One timed request, for the whole batch."""
+class Turns:
+    """The parent's and another model's times, turn by turn."""
 
-    prefill_ms: float
-    steps_ms: list[float]  # of each generated token
-    kv_bytes: int  # in the cache at the end
+    parent: list[dict[str, float]]
+    other: list[dict[str, float]]
 
-    @property
-    def decode_ms(self) -> float:
-        """Of a typical step: the median, which one interruption does not move."""
-        return statistics.median(self.steps_ms)
-
-    @property
-    def latency_ms(self) -> float:
-        return self.prefill_ms + sum(self.steps_ms)
+    def saved(self, metric: str) -> tuple[float, float]:
+        """What the other saves, as a share of the parent's time: the median of the turns, and half their interquartile range."""
+        ratios = [other[metric] / parent[metric] for parent, other in zip(self.parent, self.other, strict=True)]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        return 1 - float(middle), float(high - low) / 2
 
 
-def hardware_name(device: torch.device) -> str:
-    """What the timings are true of, e.g. NVIDIA H200 or x86_64 with 2 threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} cpu, {torch.get_num_threads()} threads"
+def base_times(turns: Mapping[str, Turns], num_layers: int) -> dict[Option, Costs]:
+    """Times of the parent's subblocks, of none, and of what is outside, from the `turns` of no_op in each subblock."""
+    costs: dict[Option, Costs] = {option: {} for option in BASE}
+    for metric in TIMES:
+        total = statistics.median(turn[metric] for some in turns.values() for turn in some.parent)
+        outside, spread = total, 0.0
+        for subblock, some in turns.items():
+            saved, saved_spread = (total / num_layers * share for share in some.saved(metric))
+            costs[subblock, PARENT][metric] = max(0.0, saved), saved_spread
+            costs[subblock, NO_OP][metric] = 0.0, saved_spread
+            outside, spread = outside - num_layers * costs[subblock, PARENT][metric][0], math.hypot(spread, num_layers * saved_spread)
+        costs[OUTSIDE, PARENT][metric] = max(0.0, outside), spread
+    return costs
 
 
-def _now_ms(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1000
-
-
-@torch.no_grad()
-def request(model: PreTrainedModel, scenario: Scenario, decode_steps: int | None = None) -> Request:
-    """Answer one batch: prefill `prompt_len` tokens, then generate `generation_len` greedily through the KV cache.
-
-    With `decode_steps`, only that many steps are run and timed, around the middle of the generation.
-    """
-    device = model.device
-    skipped = 0 if decode_steps is None else max(0, scenario.generation_len - decode_steps) // 2
-    num_steps = scenario.generation_len if decode_steps is None else min(decode_steps, scenario.generation_len)
-    generator = torch.Generator().manual_seed(0)
-    shape = (scenario.batch_size, scenario.prompt_len + skipped)
-    ids = torch.randint(1, model.config.vocab_size, shape, generator=generator).to(device)
-    cache = DynamicCache(config=model.config)
-
-    def step(some_ids: Tensor) -> Tensor:
-        return model(input_ids=some_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-
-    start = _now_ms(device)
-    chosen = step(ids[:, : scenario.prompt_len])
-    prefill_ms = _now_ms(device) - start
-    if skipped:
-        chosen = step(ids[:, scenario.prompt_len :])
-    steps_ms = []
-    for _ in range(num_steps):
-        start = _now_ms(device)
-        chosen = step(chosen)
-        steps_ms.append(_now_ms(device) - start)
-    kv_bytes = sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers if slot.keys is not None)
-    return Request(prefill_ms, steps_ms, kv_bytes)
-
-
-def in_turn(models: list[Callable[[], AbstractContextManager]], repeats: int, warmup: int, **of_request) -> list[list[Request]]:
-    """`repeats` timed requests of each model, one of each at a time, so that drift of the machine hits all alike.
-
-    Each of `models` opens a context manager that yields the model ready to be timed.
-    """
-    requests: list[list[Request]] = [[] for _ in models]
-    with tqdm(total=(warmup + repeats) * len(models), desc="timed requests", unit="request") as progress:
-        for turn in range(warmup + repeats):
-            for model, done in zip(models, requests, strict=True):
-                with model() as ready:
-                    result = request(ready, **of_request)
-                if turn >= warmup:
-                    done.append(result)
-                progress.update()
-    return requests
+def times_of(turns: Turns, subblock: str, base: Mapping[Option, Costs], num_layers: int) -> Costs:
+    """Times of a variant of `subblock`, from its `turns` and the `base` rows."""
+    costs = {}
+    for metric in TIMES:
+        total = base[OUTSIDE, PARENT][metric][0] + num_layers * sum(base[s, PARENT][metric][0] for s in SUBBLOCKS)
+        saved, spread = (total / num_layers * share for share in turns.saved(metric))
+        whole, whole_spread = base[subblock, PARENT][metric]
+        costs[metric] = max(0.0, whole - saved), math.hypot(spread, whole_spread)
+    return costs
 
 
 @contextmanager
@@ -121,74 +94,160 @@ def _random(module: nn.Module) -> nn.Module:
     return module
 
 
-def profile(
-    parent: Parent, space: dict[str, list[Variant]], scenario: Scenario, repeats: int, warmup: int, decode_steps: int | None
-) -> pd.DataFrame:
-    """The costs table: every variant of `space`, no_op, and what is outside the blocks, for one scenario."""
-    num_layers, itemsize = len(parent.layers), parent.model.dtype.itemsize
-    options = [(s, v) for s in SUBBLOCKS for v in dict.fromkeys([*space[s], NO_OP]) if v != PARENT]
-    modules = {
-        (s, v): [_random(build_subblock(parent, layer, s, v)) for layer in range(num_layers)]
-        for s, v in tqdm(options, desc="build variants", unit="variant")
-    }
-    run = ParentRun(parent, {"shape": [torch.ones(1, scenario.sequence_len, dtype=torch.long)]})  # a window keeps no more than itself
-    calls = [next(run.advance(layer, "shape"))[ATTENTION] for layer in range(num_layers)]
-    values: dict[tuple[str, Variant], dict[str, float]] = {}
-    for subblock, variant in [*((s, PARENT) for s in SUBBLOCKS), *options]:
-        here = [parent.module(layer, subblock) for layer in range(num_layers)] if variant == PARENT else modules[subblock, variant]
-        count, kv_bytes = num_params(parent, 0, subblock, here[0]), 0.0
-        if subblock == ATTENTION:
-            kv_bytes = statistics.mean(kv_bytes_per_token(m, layer, call) for layer, (m, call) in enumerate(zip(here, calls, strict=True)))
-        values[subblock, variant] = {"num_params": count, "param_bytes": count * itemsize, "kv_bytes_per_token": kv_bytes}
-    whole = sum(p.numel() for p in parent.model.parameters())
-    outside = whole - num_layers * sum(values[s, PARENT]["num_params"] for s in SUBBLOCKS)
-    values[OUTSIDE, PARENT] = {"num_params": outside, "param_bytes": outside * itemsize, "kv_bytes_per_token": 0}
+@dataclass(frozen=True)
+class Torch:
+    """Measured here, in transformers: one preset of conf/hardware/. Of the variants' models one at a time is in memory."""
 
-    models = [partial(nullcontext, parent.model), *(partial(_everywhere, parent, s, modules[s, v]) for s, v in options)]
-    of_parent, *of_variants = in_turn(models, repeats, warmup, scenario=scenario, decode_steps=decode_steps)
-    for metric in ("prefill_ms", "decode_ms"):
-        # What a layer gains when the variant takes the parent's place; what no_op gains is all that the subblock cost.
-        gains = {
-            option: statistics.median(getattr(p, metric) - getattr(v, metric) for p, v in zip(of_parent, done, strict=True)) / num_layers
-            for option, done in zip(options, of_variants, strict=True)
-        }
-        total = statistics.median(getattr(r, metric) for r in of_parent)
-        for (subblock, variant), gain in gains.items():
-            values[subblock, variant][metric] = max(0.0, gains[subblock, NO_OP] - gain)
-        for subblock in SUBBLOCKS:
-            values[subblock, PARENT][metric] = max(0.0, gains[subblock, NO_OP])
-            total -= values[subblock, PARENT][metric] * num_layers
-        values[OUTSIDE, PARENT][metric] = max(0.0, total)
-    return pd.DataFrame(
+    device: str = "auto"
+    serving: str = "auto"  # eager, cuda_graph or compile; auto: cuda_graph on a GPU, eager on a CPU
+    repeats: int = 5  # turns of each variant's model against the parent's
+    warmup: int = 1  # turns before
+    decode_contexts: int = 3  # context lengths, spread over the generation, at which tokens are timed
+    decode_steps: int | None = 4  # tokens timed at each; None: all
+    source = "measured"
+
+    def __post_init__(self):
+        for name, least in (("repeats", 1), ("warmup", 0), ("decode_contexts", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"hardware.{name} is {getattr(self, name)}; expected at least {least}")
+
+    def place(self, parent: Parent) -> str:
+        """What the costs are true of, in words."""
+        return place(parent.model, pick_serving(self.serving, parent.device))
+
+    def conditions(self, parent: Parent) -> list:
+        """All besides place, parent, variant and workload that determines a cost."""
+        return [*(version(name) for name in ("torch", "transformers")), self.repeats, self.warmup, self.decode_contexts, self.decode_steps]
+
+    def measure(
+        self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
+    ) -> Iterator[tuple[Option, Costs]]:
+        """The costs of each of `options`, and first those of the base if there is none."""
+        session = served(partial(nullcontext, parent.model), scenario, pick_serving(self.serving, parent.device))
+        num_layers, itemsize, num_tokens = len(parent.layers), parent.model.dtype.itemsize, scenario.batch_size * scenario.sequence_len
+
+        def sizes(count: int, kv_bytes: float = 0) -> Costs:
+            values = {"num_params": count, "param_bytes": count * itemsize, "kv_bytes_per_token": kv_bytes / num_layers / num_tokens}
+            return {metric: (float(value), 0.0) for metric, value in values.items()}
+
+        if base is None:
+            none = {s: self._turns(parent, session, scenario, s, NO_OP) for s in SUBBLOCKS}
+            base, held = base_times({s: turns for s, (turns, _, _) in none.items()}, num_layers), session.kv_bytes()
+            counts = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
+            for subblock, (_, count, kv_bytes) in none.items():
+                base[subblock, PARENT] |= sizes(counts[subblock], held if subblock == ATTENTION else 0)
+                base[subblock, NO_OP] |= sizes(count, kv_bytes if subblock == ATTENTION else 0)
+            base[OUTSIDE, PARENT] |= sizes(sum(p.numel() for p in parent.model.parameters()) - num_layers * sum(counts.values()))
+            yield from base.items()
+        for subblock, variant in options:
+            if (subblock, variant) not in BASE:
+                turns, count, kv_bytes = self._turns(parent, session, scenario, subblock, variant)
+                sized = sizes(count, kv_bytes if subblock == ATTENTION else 0)
+                yield (subblock, variant), times_of(turns, subblock, base, num_layers) | sized
+
+    def _turns(
+        self, parent: Parent, session: Eager | Static, scenario: Scenario, subblock: str, variant: Variant
+    ) -> tuple[Turns, int, int]:
+        """The turns of a variant in every layer, the parameters of one, and the bytes of the KV cache."""
+        modules = [_random(build_subblock(parent, layer, subblock, variant)) for layer in range(len(parent.layers))]
+        other = served(partial(_everywhere, parent, subblock, modules), scenario, pick_serving(self.serving, parent.device))
+        turns = Turns([], [])
+        for turn in range(self.warmup + self.repeats):
+            pair = [(session, turns.parent), (other, turns.other)]
+            for one, times in pair if turn % 2 else pair[::-1]:  # there and back, so that drift within a turn cancels too
+                time = {"prefill_ms": one.prefill(), "decode_ms": self._decode_ms(one, scenario)}
+                if turn >= self.warmup:
+                    times.append(time)
+        return turns, num_params(parent, 0, subblock, modules[0]), other.kv_bytes()
+
+    def _decode_ms(self, session: Eager | Static, scenario: Scenario) -> float:
+        """Of a token, on the average of the context lengths: at each the median."""
+        parts = min(self.decode_contexts, scenario.generation_len)
+        edges = [scenario.generation_len * part // parts for part in range(parts + 1)]
+        medians = []
+        for start, end in zip(edges, edges[1:], strict=False):
+            steps = min(self.decode_steps or end - start, end - start)
+            first = scenario.prompt_len + start + (end - start - steps) // 2
+            medians.append(statistics.median(session.decode(first, steps)))
+        return statistics.mean(medians)
+
+
+BACKENDS = {"torch": Torch}
+
+
+def backend(preset: Mapping[str, object]) -> Torch:
+    """What a preset of conf/hardware/ says; ValueError that names an unknown backend or key."""
+    name, values = preset.get("backend"), {key: value for key, value in preset.items() if key != "backend"}
+    if name not in BACKENDS:
+        raise ValueError(f"hardware.backend is '{name}'.{did_you_mean(name, BACKENDS)} Known: {', '.join(BACKENDS)}.")
+    known = [field.name for field in fields(BACKENDS[name])]
+    for key in values.keys() - set(known):
+        raise ValueError(f"unknown key '{key}' in hardware.{did_you_mean(key, known)} Known of backend {name}: {', '.join(known)}.")
+    return BACKENDS[name](**values)
+
+
+def _geometry(parent: Parent) -> dict:
+    """What of the parent's config its speed depends on: all but names and tokens."""
+    config = parent.model.config.to_dict()
+    unseen = ("_name_or_path", "architectures", "transformers_version", "initializer_range")
+    plain = {key: value for key, value in config.items() if key not in unseen and not key.endswith("_token_id")}
+    return {**plain, "attention": parent.model.config._attn_implementation, "class": type(parent.model).__name__}
+
+
+def profile(
+    parent: Parent,
+    space: Mapping[str, list[Variant]],
+    scenarios: list[Scenario],
+    backend: Torch,
+    known: pd.DataFrame,
+    keep: Callable[[pd.DataFrame], None] = lambda table: None,
+) -> tuple[pd.DataFrame, int]:
+    """The costs table: every variant of `space`, no_op, and what is outside the blocks, for each scenario; and how many were made now.
+
+    Rows of `known` with a matching fingerprint are taken over; `keep(table)` is called with the rows so far after each variant.
+    """
+    where, rows, num_made = backend.place(parent), {}, 0
+    options = list(dict.fromkeys([*BASE, *((s, v) for s in SUBBLOCKS for v in space[s])]))
+    told = fingerprint(VERSION, where, backend.conditions(parent), _geometry(parent))
+    done = dict(list(known.groupby("fingerprint")))
+    for scenario in scenarios:
+        wanted = {(s, v): fingerprint(told, s, str(v), str(scenario)) for s, v in options}
+        found = {option: _costs(done[mark]) for option, mark in wanted.items() if mark in done}
+        base = {option: found[option] for option in BASE} if all(option in found for option in BASE) else None
+        missing = [option for option in options if base is None or option not in found]
+        measured = backend.measure(parent, scenario, missing, base) if missing else ()
+        progress = tqdm(measured, total=len(missing), desc=f"costs of {scenario}", unit="variant")
+        for option, costs in [*(found.items() if base else ())]:
+            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])
+        for option, costs in progress:
+            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])
+            keep(_table(rows))
+        num_made += len(missing)
+    order = {option: number for number, option in enumerate(options)}
+    return _table(dict(sorted(rows.items(), key=lambda item: (scenarios.index(item[0][1]), order[item[0][0]])))), num_made
+
+
+def _costs(rows: pd.DataFrame) -> Costs:
+    return {row.metric: (row.value, row.spread) for row in rows.itertuples()}
+
+
+def _rows(option: Option, scenario: Scenario, costs: Costs, source: str, where: str, mark: str) -> list[dict]:
+    return [
         {
-            "subblock": subblock,
-            "variant": str(variant),
+            "subblock": option[0],
+            "variant": str(option[1]),
             "scenario": str(scenario),
             "metric": metric,
-            "value": float(value),
+            "value": value,
             "unit": UNITS[metric],
-            "source": "measured" if UNITS[metric] == "ms" else "computed",
-            "hardware": hardware_name(parent.device),
+            "source": source if UNITS[metric] == "ms" else "computed",
+            "hardware": where,
+            "spread": spread,
+            "fingerprint": mark,
         }
-        for (subblock, variant), of_variant in values.items()
-        for metric, value in of_variant.items()
-    )
+        for metric, (value, spread) in costs.items()
+    ]
 
 
-def side_by_side(models: dict[str, PreTrainedModel], scenario: Scenario, repeats: int, warmup: int) -> dict[str, dict[str, float]]:
-    """Realised totals of whole models, timed in turn: the same names and units as search predicts them under."""
-    requests = in_turn([partial(nullcontext, model) for model in models.values()], repeats, warmup, scenario=scenario)
-    totals = {}
-    for (name, model), done in zip(models.items(), requests, strict=True):
-        params = list(model.parameters())
-        latency_ms = statistics.median(r.latency_ms for r in done)
-        totals[name] = {
-            "latency_ms": latency_ms,
-            "prefill_ms": statistics.median(r.prefill_ms for r in done),
-            "decode_ms": statistics.median(r.decode_ms for r in done),
-            "throughput_tokens_per_s": scenario.batch_size * scenario.generation_len / latency_ms * 1000,
-            "memory_mib": (sum(p.nbytes for p in params) + done[-1].kv_bytes) / 2**20,
-            "num_params": sum(p.numel() for p in params),
-            "kv_mib": done[-1].kv_bytes / 2**20,
-        }
-    return totals
+def _table(rows: Mapping[object, list[dict]]) -> pd.DataFrame:
+    return pd.DataFrame([row for some in rows.values() for row in some])

@@ -149,6 +149,25 @@ class Scenario:
         return self.prompt_len + self.generation_len
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What is searched for, and `also` the ids of scenarios that are measured with it: one preset of conf/workload/."""
+
+    batch_size: int
+    prompt_len: int
+    generation_len: int
+    also: tuple[str, ...] | None = None
+
+    @property
+    def scenario(self) -> Scenario:
+        return Scenario(self.batch_size, self.prompt_len, self.generation_len)
+
+    @property
+    def scenarios(self) -> list[Scenario]:
+        """All that are measured, each once."""
+        return list(dict.fromkeys([self.scenario, *map(Scenario.parse, self.also or ())]))
+
+
 MORE_IS_BETTER = ("speedup", "throughput_tokens_per_s")  # of what can be limited; of all else less is
 
 

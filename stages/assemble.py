@@ -28,7 +28,7 @@ def run(cfg):
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
             verify_reload(child, part, ids)
-            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, settings)
+            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, settings)
             cards.write(part, parent, solution, metrics, HOW, corpus.name)
         for name, row in metrics.items():
             write_json(out / "metrics" / f"{name}.json", row)

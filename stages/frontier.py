@@ -5,7 +5,7 @@ from puzzle_core import plots, search, tables, targets
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
 from puzzle_core.problem import Problem
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Workload
 
 
 @stage("frontier", reads="search")
@@ -13,7 +13,7 @@ def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
     scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
     scores = targets.expressible(scores, cfg.search.export_target)
-    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Scenario, cfg.workload)))
+    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
     name, how = cfg.frontier.constraint, plain(cfg.frontier)
     del how["constraint"]
     points = search.frontier(problem, plain(cfg.constraints), name, **how, time_limit_s=settings.time_limit_s)

@@ -31,7 +31,8 @@ def run(cfg):
                 save_child(child, parent.tokenizer, part)
                 gkd.note_run(part, this_run, curve)
             child = load_child(part, parent.model.dtype, parent.device)  # as a user gets it, Trainer's wrappers off
-            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, fill(evaluation.Settings, cfg.evaluation))
+            measured_by = fill(evaluation.Settings, cfg.evaluation)
+            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, measured_by)
             cards.write(part, parent, solution, metrics, HOW.format(settings.train_tokens, corpus.name), corpus.name)
         write_json(out / "plots" / "gkd_curve.json", curve)
         write_json(out / "metrics" / "distilled.json", metrics["child"])

@@ -6,7 +6,7 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.constraints import constraints_from
 from puzzle_core.files import write_json
 from puzzle_core.problem import Problem
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Workload
 
 
 @stage("rivals", reads="search")
@@ -14,7 +14,7 @@ def run(cfg):
     data, out = Path(cfg.data), Path(cfg.out)
     scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
     scores = targets.expressible(scores, cfg.search.export_target)
-    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Scenario, cfg.workload)))
+    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Workload, cfg.workload).scenario))
     constraints = constraints_from(plain(cfg.constraints), problem)
     entries = rivals.compete(problem, constraints, fill(rivals.Settings, cfg.rivals))
     write_json(out / "rivals.json", [entry.to_json() for entry in entries])

@@ -6,7 +6,7 @@ from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
 from puzzle_core.problem import Problem
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Workload
 
 
 @stage("search")
@@ -14,7 +14,7 @@ def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
     scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
     scores = targets.expressible(scores, settings.export_target)
-    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Scenario, cfg.workload)))
+    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
     pool = search.search(problem, plain(cfg.constraints), settings)
     solution = pool[0]
     write_json(out / "solution.json", solution.to_json())

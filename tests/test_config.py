@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from puzzle_core import bld, gkd, scoring
+from puzzle_core import bld, costs, gkd, scoring
 from puzzle_core.config import declared, declared_keys, plain, register_params
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Workload
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = [ROOT / "params.yaml", *(f for f in (ROOT / "conf").glob("*/*.yaml") if f.parent.name != "sweep")]
@@ -71,7 +71,9 @@ def test_a_stage_runs_as_a_module_of_its_name_into_data(name):
     assert STAGES[name]["cmd"] == f"python -m stages.{name.replace('-', '_')} out=data"
 
 
-SETTINGS = {"bld": bld.Settings, "score": scoring.Settings, "gkd": gkd.Settings, "workload": Scenario}
+SETTINGS = {
+    "bld": bld.Settings, "score": scoring.Settings, "gkd": gkd.Settings, "workload": Workload, "hardware": lambda **p: costs.backend(p),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "settings"), SETTINGS.items())

@@ -8,12 +8,12 @@ import torch
 from conftest import EXCERPT, PICO_CONFIG, architecture, variants
 from torch import nn
 
-from puzzle_core import bld, costs, evaluation, gkd, learners, quality, scoring, surgery, tables, windows
+from puzzle_core import bld, evaluation, gkd, learners, quality, scoring, surgery, tables, windows
 from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
-from puzzle_core.spec import FFN, NO_OP, OUTSIDE, PARENT, Scenario, Variant
+from puzzle_core.spec import FFN, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space
 
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
@@ -239,21 +239,6 @@ def test_weights_that_are_not_the_librarys_are_refused(pico, library):
     load_weights(module, path, fingerprint)
     with pytest.raises(ValueError, match="trained under other settings than library.parquet says"):
         load_weights(module, path, "another")
-
-
-def test_costs_cover_the_space_and_sum_to_the_model(pico):
-    space = resolve_space(SPACE, pico.model.config, pico.family)
-    scenario = Scenario(2, 16, 4)
-    table = tables.check("costs", costs.profile(pico, space, scenario, repeats=2, warmup=1, decode_steps=2))
-    value = table.set_index(["subblock", "variant", "metric"]).value
-    expected = {(s, str(v)) for s, some in space.items() for v in some} | {(OUTSIDE, "parent")}
-    assert set(zip(table.subblock, table.variant, strict=True)) == expected
-    assert (value.xs(str(NO_OP), level="variant") == 0).all()
-    params = sum(p.numel() for p in pico.model.parameters())
-    blocks = 4 * sum(value[subblock, "parent", "num_params"] for subblock in space)
-    assert value[OUTSIDE, str(PARENT), "num_params"] + blocks == params
-    assert value["attention", "kv1", "kv_bytes_per_token"] * 2 == value["attention", "parent", "kv_bytes_per_token"]
-    assert set(table.source[table.unit == "ms"]) == {"measured"}
 
 
 def test_a_bfloat16_parent_has_a_bfloat16_child(corpus, tmp_path):

@@ -363,7 +363,8 @@ def test_the_best_head_of_each_group_moves_the_output_least(name):
 def test_costs_count_what_the_cache_keeps(name):
     parent = parent_of(name)
     space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
-    table = costs.profile(parent, space, Scenario(1, 14, 2), repeats=1, warmup=0, decode_steps=1)
+    backend = costs.Torch(repeats=1, warmup=0, decode_steps=1)
+    table, _ = costs.profile(parent, space, [Scenario(1, 14, 2)], backend, tables.read_known("costs"))
     kv_bytes = table.query("subblock == 'attention' and metric == 'kv_bytes_per_token'").set_index("variant").value
     heads = {"gpt_neo": 4, "opt": 4}.get(name, 2)
     whole = 2 * heads * 16 * 4

@@ -48,7 +48,7 @@ def make_tables(num_layers=4, attention=ATTENTION, ffn=FFN, score=None, cost=Non
     ]
     return (
         pd.DataFrame(scores, columns=list(tables.SCHEMAS["scores"].columns)),
-        pd.DataFrame(costs, columns=[c for c in tables.SCHEMAS["costs"].columns if c != "layer"]),
+        pd.DataFrame(costs, columns=[name for name, column in tables.SCHEMAS["costs"].columns.items() if column.default is None]),
     )
 
 

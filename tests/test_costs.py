@@ -1,0 +1,149 @@
+"""Costs: what is measured, how differences become a table, and when a measurement is taken over."""
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from conftest import architecture, pico_parent, variants
+
+from puzzle_core import costs, serving, tables
+from puzzle_core.children import make_child
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Workload
+from puzzle_core.subblocks import resolve_space
+
+SCENARIO = Scenario(2, 16, 6)
+QUICK = costs.Torch(device="cpu", repeats=2, warmup=0, decode_contexts=2, decode_steps=1)
+NOTHING = tables.read_known("costs")
+
+
+def space_of(parent, attention=("kv1", "no_op"), ffn=("w80", "no_op")):
+    return resolve_space({ATTENTION: list(attention), FFN: list(ffn)}, parent.model.config, parent.family)
+
+
+def profile(parent, space, *scenarios, backend=QUICK, known=NOTHING):
+    table, made = costs.profile(parent, space, list(scenarios), backend, known)
+    return tables.check("costs", table), made
+
+
+def test_costs_cover_the_space_and_sum_to_the_model(pico):
+    space = space_of(pico)
+    table, made = profile(pico, space, SCENARIO)
+    value = table.set_index(["subblock", "variant", "metric"]).value
+    expected = {(s, str(v)) for s, some in space.items() for v in some} | {(OUTSIDE, "parent")}
+    assert set(zip(table.subblock, table.variant, strict=True)) == expected and made == len(expected)
+    assert (value.xs(str(NO_OP), level="variant") == 0).all()
+    blocks = 4 * sum(value[subblock, "parent", "num_params"] for subblock in space)
+    assert value[OUTSIDE, str(PARENT), "num_params"] + blocks == sum(p.numel() for p in pico.model.parameters())
+    assert value["attention", "kv1", "kv_bytes_per_token"] * 2 == value["attention", "parent", "kv_bytes_per_token"]
+    assert set(table.source[table.unit == "ms"]) == {"measured"} and (table.spread[table.unit == "ms"] > 0).any()
+
+
+def test_differences_become_costs_whatever_the_machine_does_meanwhile():
+    truth = {
+        "prefill_ms": {"outside": 20.0, ATTENTION: 5.0, FFN: 10.0, "w": 4.0},
+        "decode_ms": {"outside": 2.0, ATTENTION: 0.5, FFN: 1.0, "w": 0.4},
+    }
+    layers, slower = 4, (1.0, 3.0, 1.5)  # the machine is three times as slow in one turn
+
+    def turns(**replaced):
+        def total(metric, subblocks):
+            return truth[metric]["outside"] + layers * sum(truth[metric].get(name, 0.0) for name in subblocks.values())
+
+        parent, other = {s: s for s in SUBBLOCKS}, {**{s: s for s in SUBBLOCKS}, **replaced}
+        return costs.Turns(*([{m: f * total(m, some) for m in truth} for f in slower] for some in (parent, other)))
+
+    base = costs.base_times({s: turns(**{s: "nothing"}) for s in SUBBLOCKS}, layers)
+    found = costs.times_of(turns(ffn="w"), FFN, base, layers)
+    for metric, expected in truth.items():
+        scale = 1.5  # the median of the parent's turns
+        assert base[ATTENTION, PARENT][metric][0] == pytest.approx(scale * expected[ATTENTION])
+        assert base[OUTSIDE, PARENT][metric][0] == pytest.approx(scale * expected["outside"])
+        assert found[metric] == pytest.approx((scale * expected["w"], 0.0), abs=1e-9)
+
+
+def test_a_larger_space_and_another_workload_measure_only_what_is_new(pico):
+    other = Scenario(1, 8, 4)
+    first, _ = profile(pico, space_of(pico), SCENARIO)
+    grown, made = profile(pico, space_of(pico, ffn=("w80", "w48", "no_op")), SCENARIO, known=first)
+    assert made == 1
+    kept = grown[grown.variant != "w48"].reset_index(drop=True)
+    assert kept.equals(first)
+    both, made = profile(pico, space_of(pico), SCENARIO, other, known=grown)
+    assert made == 7 and set(both.scenario) == {"b2p16g6", "b1p8g4"} and both[both.scenario == "b2p16g6"].equals(first)
+    alone, made = profile(pico, space_of(pico), other, known=both)
+    assert made == 0 and set(alone.scenario) == {"b1p8g4"}
+    geometry = pico_parent(intermediate_size=192)
+    assert profile(geometry, space_of(geometry), SCENARIO, known=first)[1] == 7
+    again = costs.Torch(device="cpu", repeats=3, warmup=0, decode_contexts=2, decode_steps=1)
+    assert profile(pico, space_of(pico), SCENARIO, backend=again, known=first)[1] == 7
+
+
+def test_a_killed_profile_keeps_the_variants_it_has(pico):
+    kept = []
+
+    def keep(table):
+        kept.append(table)
+        if len(table.groupby(["subblock", "variant"])) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        costs.profile(pico, space_of(pico), [SCENARIO], QUICK, NOTHING, keep)
+    assert profile(pico, space_of(pico), SCENARIO, known=kept[-1])[1] == 1
+
+
+def test_tokens_are_timed_at_several_context_lengths(pico, monkeypatch):
+    asked = []
+    monkeypatch.setattr(serving.Eager, "decode", lambda self, context, steps: asked.append((context, steps)) or [float(context)] * steps)
+    session = serving.served(partial(nullcontext, pico.model), Scenario(1, 10, 12), "eager")
+    assert costs.Torch(decode_contexts=3, decode_steps=2)._decode_ms(session, session.scenario) == (11 + 15 + 19) / 3
+    assert asked == [(11, 2), (15, 2), (19, 2)]
+
+
+@pytest.mark.parametrize("kind", ["eager", "static", "compile"])
+def test_however_it_is_served_the_answer_is_the_same(pico, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what can be traced, without the minute of compiling
+    chosen = architecture("no_op w80", "kv1 parent", "linear no_op", "parent linear")
+    child = make_child(pico, chosen, variants(pico, tmp_path))
+    opened = partial(nullcontext, child)
+    session = serving.Eager(opened, SCENARIO) if kind == "eager" else serving.Static(opened, SCENARIO, compiled=kind == "compile")
+    ids = session.ids_BT[:, :16]
+    session.prefill()
+    for step in range(5):
+        ids = torch.cat([ids, session.token], 1)
+        assert len(session.decode(16 + step, 1)) == 1
+    with torch.no_grad():
+        expected = child(input_ids=ids, use_cache=False).logits[:, 15:].argmax(-1)
+    assert (torch.cat([ids[:, 16:], session.token], 1) == expected).all()
+    assert session.kv_bytes() == 2 * 2 * 22 * 16 * 4 * (1 + 2)  # keys, values; two sequences of 22 tokens; 1 and 2 heads of 16 channels
+    assert len(serving.request(session).steps_ms) == 6
+
+
+def test_predicted_memory_is_what_the_child_takes(pico, tmp_path):
+    chosen = architecture("no_op w80", "kv1 parent", "parent no_op", "parent w80")
+    child = make_child(pico, chosen, variants(pico, tmp_path))
+    found = serving.side_by_side({"child": child}, SCENARIO, "eager", repeats=1, warmup=0)["child"]
+    value = profile(pico, space_of(pico), SCENARIO)[0].set_index(["subblock", "variant", "metric"]).value
+    rows = [(OUTSIDE, "parent"), *((s, str(v)) for _, s, v in chosen.items())]
+    params, kv = (sum(value[(*row, metric)] for row in rows) for metric in ("param_bytes", "kv_bytes_per_token"))
+    assert found["memory_mib"] == pytest.approx((params + 2 * 22 * kv) / 2**20)
+
+
+def test_what_cannot_be_served_is_refused_with_the_way_out():
+    cpu = torch.device("cpu")
+    assert serving.pick_serving("auto", cpu) == "eager" and serving.pick_serving("auto", torch.device("cuda")) == "cuda_graph"
+    with pytest.raises(ValueError, match="Did you mean 'cuda_graph'"):
+        serving.pick_serving("cuda_graphs", cpu)
+    with pytest.raises(ValueError, match="the device is a CPU; use eager or compile"):
+        serving.pick_serving("cuda_graph", cpu)
+    with pytest.raises(ValueError, match="has no static KV cache in transformers.*serving: eager"):
+        serving.Static(partial(nullcontext, pico_parent("gpt_neo").model), SCENARIO, compiled=False)
+    with pytest.raises(ValueError, match="unknown key 'repeat' in hardware. Did you mean 'repeats'"):
+        costs.backend({"backend": "torch", "repeat": 3})
+    with pytest.raises(ValueError, match="hardware.backend is 'llamacpp'"):
+        costs.backend({"backend": "llamacpp"})
+
+
+def test_a_workload_lists_its_scenarios_once():
+    assert Workload(8, 512, 128, ("b1p512g128", "b8p512g128")).scenarios == [Scenario(8, 512, 128), Scenario(1, 512, 128)]
+    with pytest.raises(ValueError, match="'b1' is not a scenario id"):
+        Workload(8, 512, 128, ("b1",)).scenarios  # noqa: B018
