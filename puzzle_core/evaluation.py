@@ -70,7 +70,8 @@ def accuracies(parent: PreTrainedModel, child: PreTrainedModel, tokenizer, setti
     of_parent, of_child = (exam.ask(model, tokenizer) for model in (parent, child))
     for name, answers in (("parent", of_parent), ("child", of_child)):
         for task, of_task in answers.items():
-            rows[name] |= {f"{task}_accuracy": of_task.accuracy, f"{task}_accuracy_stderr": of_task.stderr, f"{task}_chance": of_task.chance}
+            rows[name] |= {f"{task}_accuracy": of_task.accuracy, f"{task}_accuracy_stderr": of_task.stderr}
+            rows[name] |= {f"{task}_chance": of_task.chance}
             rows[name] |= _share(task, [of_parent[task]], [of_task])
         rows[name] |= _share("accuracy", list(of_parent.values()), list(answers.values()))
     return rows

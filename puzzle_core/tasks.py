@@ -165,7 +165,9 @@ def _local(task: Task):
 _COLUMNS = {
     Question: {"output_type": "multiple_choice", "doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "answer"},
     Cloze: {"output_type": "loglikelihood", "doc_to_text": "prompt", "doc_to_target": "answer"},
-    WinogradSchema: {"output_type": "multiple_choice", "doc_to_text": "answer", "doc_to_choice": "prompts", "doc_to_target": "continuation"},
+    WinogradSchema: {
+        "output_type": "multiple_choice", "doc_to_text": "answer", "doc_to_choice": "prompts", "doc_to_target": "continuation"
+    },
 }
 
 

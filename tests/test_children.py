@@ -132,7 +132,8 @@ ROW = {"speedup": 1.0, "latency_ms": 10.0, "memory_mib": 6.0, "num_params": 2000
 def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement(parent, tmp_path, license):
     origin = Origin("owner/model", "[owner/model](https://huggingface.co/owner/model) at revision abc", license, "owner/model")
     object.__setattr__(parent, "origin", origin)
-    answers = {"piqa_accuracy": 0.6, "piqa_accuracy_stderr": 0.01, "piqa_chance": 0.5, "accuracy_retained": 0.9, "accuracy_retained_stderr": 0.05}
+    answers = {"piqa_accuracy": 0.6, "piqa_accuracy_stderr": 0.01, "piqa_chance": 0.5}
+    answers |= {"accuracy_retained": 0.9, "accuracy_retained_stderr": 0.05}
     measured = {"parent": {**ROW, **answers}, "child": {**ROW, **answers, "speedup": 1.875, "kl": 0.375}}
     cards.write(tmp_path, parent, solution_of(MIXED), measured, "Put together.", "excerpt")
     card = ModelCard.load(tmp_path / "README.md")
@@ -171,7 +172,7 @@ def data(tmp_path_factory) -> Path:
     parent = load_parent(**plain(cfg.parent))
     corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), Settings(64, 4, 512, 0, 256, None, 1e-3, 0.1, 0.0, 1.0)
     space = {"attention": [Variant("no_op"), Variant("parent")], "ffn": [Variant("no_op"), Variant("w", 80), Variant("parent")]}
-    library, _ = train_library(parent, jobs(parent, space, settings, 0, corpus), corpus, settings, 0, data / "blocks")
+    library, _ = train_library(parent, jobs(parent, [space] * 4, settings, 0, corpus), corpus, settings, 0, data / "blocks")
     tables.write("library", library, data / "library.parquet")
     write_json(data / "solution.json", solution_of(chosen).to_json())
     with pytest.MonkeyPatch.context() as patch:
