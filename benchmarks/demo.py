@@ -52,7 +52,7 @@ def write_into(page: str, section: str, text: str) -> None:
 
 def main() -> None:
     metrics = {row: json.loads((ROOT / f"data/metrics/{row}.json").read_text()) for row in ROWS}
-    solution = json.loads((ROOT / "data/solution.json").read_text())
+    solution = json.loads((ROOT / "data/chosen.json").read_text())
     presets = yaml.safe_load((ROOT / "params.yaml").read_text())["use"]
     versions = {name: version(name) for name in ("torch", "transformers", "ortools")}
     result = {

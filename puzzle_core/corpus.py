@@ -120,10 +120,14 @@ class Corpus:
         return np.concatenate(pieces)[:need].reshape(num_rows, seq_len)
 
     def batches(
-        self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str, domain: str | None = None
+        self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str, domain: str | None = None, skip_tokens: int = 0
     ) -> list[np.ndarray]:
-        """The same as a list of [batch_size, seq_len] arrays, rounded up to whole batches; [] for no tokens."""
+        """The same as a list of [batch_size, seq_len] arrays, rounded up to whole batches; [] for no tokens.
+
+        The first `skip_tokens` tokens, which other batches of the same seed have, are left out.
+        """
         if not num_tokens:
             return []
         whole = -(-num_tokens // (seq_len * batch_size)) * seq_len * batch_size
-        return list(self.sequences(split, whole, seq_len, seed, domain).reshape(-1, batch_size, seq_len))
+        tokens = self.sequences(split, skip_tokens + whole, seq_len, seed, domain).reshape(-1)
+        return list(tokens[skip_tokens : skip_tokens + whole].reshape(-1, batch_size, seq_len))

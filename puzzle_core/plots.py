@@ -76,6 +76,36 @@ def rivals_picture(rows: list[dict], metric: str, path: str | Path, title: str) 
     _write(figure, path)
 
 
+def realised_picture(rows: list[dict], metric: str, path: str | Path, title: str) -> None:
+    """Draw to a PNG what was predicted for each architecture and the joint KL of its child: bars for a few, dots for many."""
+    few = len(rows) <= 16
+    figure = Figure(figsize=(WIDTH_INCHES, 1.2 + 0.42 * len(rows) if few else 5.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    (_named_bars if few else _dots)(axes, sorted(rows, key=lambda row: -row["realised"]))
+    axes.set_title(title, size=11, loc="left")
+    axes.set_xlabel(f"total {metric} predicted, joint KL realised" if few else f"total {metric}, predicted", size=10)
+    _plain(axes)
+    _write(figure, path)
+
+
+def _named_bars(axes: Axes, rows: list[dict]) -> None:
+    for shift, key, color in ((0.2, "realised", "#1f5fa8"), (-0.2, "predicted", "#a9c4e4")):
+        bars = axes.barh([place + shift for place in range(len(rows))], [row[key] for row in rows], height=0.38, color=color, label=key)
+        axes.bar_label(bars, [f" {row[key]:.4g}" for row in rows], size=8)
+    axes.set_yticks(range(len(rows)), [row["name"].replace("_", " ") for row in rows], size=9)
+    axes.set_xlim(right=1.12 * max(max(row["predicted"], row["realised"]) for row in rows))
+    axes.legend(fontsize=9, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def _dots(axes: Axes, rows: list[dict]) -> None:
+    for group in dict.fromkeys(row["group"] for row in rows):
+        some = [row for row in rows if row["group"] == group]
+        axes.scatter([row["predicted"] for row in some], [row["realised"] for row in some], s=18, label=group)
+    axes.axline((0, 0), slope=1, color="#999999", linewidth=1, zorder=0, label="as predicted")
+    axes.set_ylabel("joint KL, realised", size=10)
+    axes.legend(fontsize=9, frameon=False)
+
+
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)

@@ -192,6 +192,23 @@ def random_scores(problem: Problem, program: mip.Program, settings: Settings, ra
     return _lightest(program, random.uniform(size=len(problem.options)), settings)
 
 
+def random_architectures(problem: Problem, constraints: Sequence[Constraint], num: int, settings: Settings) -> list[Architecture]:
+    """`num` that fit, from as few replacements as the limits need to a variant drawn for every subblock.
+
+    Each is the optimum of random scores, those of some of the parent's subblocks 0; how many of them is drawn first.
+    InfeasibleError or TimeoutError if none fits.
+    """
+    solve(problem, constraints, settings.time_limit_s)  # says why, if nothing fits
+    program, parent = program_of(problem, problem.score_O, constraints), np.array(problem.parent_rows)
+    found = []
+    for number in range(num):
+        random = np.random.default_rng([settings.seed, len(RIVALS), number])
+        weight_O = random.uniform(size=len(problem.options))
+        weight_O[parent[random.uniform(size=len(parent)) < random.uniform()]] = 0.0
+        found.append(_lightest(program, weight_O, settings))
+    return [problem.architecture_of(rows.tolist()) for rows in found if rows is not None]
+
+
 def depth(problem: Problem, program: mip.Program, settings: Settings, random: np.random.Generator) -> np.ndarray | None:
     """Each layer is the parent's or nothing: a program of two options a layer, each the sum of its rows."""
     there = set(problem.options)

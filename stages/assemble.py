@@ -1,9 +1,10 @@
-"""Build the child from the parent and the chosen variants, prove that it loads anywhere, measure it beside the parent."""
+"""Choose the pool's best, build its child, prove that the child loads anywhere, measure it beside the parent."""
 from pathlib import Path
 
 import torch
 
-from puzzle_core import cards, evaluation, tables
+from puzzle_core import cards, evaluation, realised, tables
+from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
@@ -18,20 +19,24 @@ HOW = "Its blocks were distilled one by one and put together; it was not yet tra
 def run(cfg):
     data, out = Path(cfg.data), Path(cfg.out)
     with lock(out, "assemble"):
-        solution = Solution.from_json(read_json(data / "solution.json"))
+        pool = [Solution.from_json(one) for one in read_json(data / "pool.json")]
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
         library = tables.read("library", data / "library.parquet")
-        child = make_child(parent, solution.architecture, tables.variant_files(library, data / "blocks"))
-        corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        settings = fill(evaluation.Settings, cfg.evaluation)
-        ids = torch.as_tensor(settings.batches(corpus)[0][:1], device=parent.device)
+        weights_of = tables.variant_files(library, data / "blocks")
+        corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), fill(evaluation.Settings, cfg.evaluation)
+        reported = settings.batches(corpus)
+        solution, compared = realised.best_of(parent, pool, weights_of, corpus, reported, fill(realised.Settings, cfg.realised))
+        child = make_child(parent, solution.architecture, weights_of)
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
-            verify_reload(child, part, ids)
+            verify_reload(child, part, torch.as_tensor(reported[0][:1], device=parent.device))
             metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, settings)
             cards.write(part, parent, solution, metrics, HOW, corpus.name)
-        for name, row in metrics.items():
+        for name, row in {**metrics, "predicted": solution.predicted()}.items():
             write_json(out / "metrics" / f"{name}.json", row)
+        write_json(out / "chosen.json", solution.to_json())
+        write_json(out / "plots" / "pool.json", compared)
+        architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
 
 

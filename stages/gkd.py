@@ -18,7 +18,7 @@ HOW = "Its blocks were distilled one by one and put together; then it was healed
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(gkd.Settings, cfg.gkd)
     with lock(out, "gkd"):
-        solution = Solution.from_json(read_json(data / "solution.json"))
+        solution = Solution.from_json(read_json(data / "chosen.json"))
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         this_run = gkd.run_fingerprint(data / "child", settings, cfg.seed, parent.identity, corpus.fingerprint)

@@ -19,8 +19,7 @@ def run(cfg):
     solution = pool[0]
     write_json(out / "solution.json", solution.to_json())
     write_json(out / "pool.json", [one.to_json() for one in pool])
-    write_json(out / "metrics" / "predicted.json", solution.predicted())
-    architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
+    architecture_picture(solution.architecture, out / "plots" / "solution.png", solution.title)
     more = f", and {len(pool) - 1} of {settings.pool_size - 1} others" if settings.pool_size > 1 else ""
     print(f"search: {solution.title}{more}; {out}/solution.json")
     return solution.value

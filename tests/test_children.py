@@ -3,16 +3,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import PICO, architecture, pico_parent, variants
+from conftest import EXCERPT, PICO, architecture, pico_parent, variants
 from huggingface_hub import ModelCard
 from test_config import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, StaticCache
 
 import stages.assemble
 import stages.gkd
-from puzzle_core import cards, gkd, modeling_puzzle, tables
+from puzzle_core import cards, evaluation, gkd, modeling_puzzle, realised, tables
 from puzzle_core.bld import Settings, jobs, train_library
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.config import plain
@@ -174,7 +175,7 @@ def data(tmp_path_factory) -> Path:
     space = {"attention": [Variant("no_op"), Variant("parent")], "ffn": [Variant("no_op"), Variant("w", 80), Variant("parent")]}
     library, _ = train_library(parent, jobs(parent, [space] * 4, settings, 0, corpus), corpus, settings, 0, data / "blocks")
     tables.write("library", library, data / "library.parquet")
-    write_json(data / "solution.json", solution_of(chosen).to_json())
+    write_json(data / "pool.json", [solution_of(one).to_json() for one in (Architecture.uniform(4, Variant("no_op")), chosen)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.assemble, "verify_reload", lambda *_: None)  # a process of its own; the pipeline's tests run it
         stages.assemble.run(cfg)
@@ -201,6 +202,38 @@ def test_assemble_writes_a_child_that_is_whole_or_not_there(data, tmp_path, monk
     with pytest.raises(SystemExit):
         stages.assemble.run(config(tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*child*"))
+
+
+def test_assemble_keeps_the_solution_of_the_pool_whose_child_is_nearest_to_the_parent(data):
+    pool, rows = read_json(data / "pool.json"), read_json(data / "plots" / "pool.json")
+    assert [row["solution"] for row in rows] == [1, 2] and rows[0]["realised"] > rows[1]["realised"] > 0
+    assert [row["chosen"] for row in rows] == [0, 1] and read_json(data / "chosen.json") == pool[1]
+    assert set(read_json(data / "child" / "config.json")["per_layer_config"]) == {"0", "1", "2"}
+    alone, rows = realised.best_of(None, [solution_of(MIXED)], None, None, [], None)  # nothing is run where there is no choice
+    assert alone == solution_of(MIXED) and rows == [{"solution": 1, "predicted": 0.25, "realised": None, "chosen": 1}]
+
+
+def test_the_text_that_the_pool_is_compared_on_shares_nothing_with_the_evaluations(parent):
+    corpus = Corpus(parent.tokenizer, EXCERPT)
+    reported = evaluation.Settings({"num_tokens": 500, "seq_len": 64, "batch_size": 2}, 0, 1, None, 1).batches(corpus)
+    batches = realised.Settings(300, 32, 4).batches(corpus, reported)
+    assert [batch.shape for batch in batches] == [(4, 32)] * 3
+    whole = corpus.sequences("validation", 512 + 384, 64, seed="evaluation").ravel()
+    assert np.array_equal(np.concatenate([b.ravel() for b in batches]), whole[512:])
+    assert np.array_equal(np.concatenate(reported).ravel(), whole[:512])
+
+
+@pytest.mark.parametrize("memory_gib", [None, 1e-4])
+def test_the_joint_kl_of_an_architecture_is_that_of_its_child(parent, tmp_path, memory_gib):
+    weights_of, read = variants(parent, tmp_path), []
+    several = [MIXED, Architecture.uniform(4), architecture("no_op w80", "linear parent", "kv1 w80", "linear w80"), MIXED]
+    batches = [np.random.default_rng(seed).integers(1, 257, (2, 24)) for seed in range(2)]
+    settings = realised.Settings(96, 24, 2, head_tokens=20, memory_gib=memory_gib)
+    kls = realised.joint_kl(parent, several, lambda *row: read.append(row) or weights_of(*row), batches, settings)
+    expected = [evaluation.compare(parent.model, make_child(parent, one, weights_of), batches)["child"]["kl"] for one in several]
+    assert kls == pytest.approx(expected, rel=1e-5, abs=1e-7) and abs(kls[1]) < 1e-7 < kls[0]
+    assert len(read) == len(set(read)) or memory_gib  # weights are read once, unless memory is short
+    assert evaluation.compare(parent.model, parent.model, batches)["child"]["kl"] == pytest.approx(0, abs=1e-7)  # all is back in place
 
 
 def trains(monkeypatch, cfg) -> bool:

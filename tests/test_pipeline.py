@@ -84,6 +84,7 @@ def test_a_run_answers_what_did_i_get(project):
         ("conf/parent/pico.yaml", "seed: 0", "seed: 1", STAGES),
         ("conf/gkd/pico.yaml", "lr: 1.0e-3", "lr: 2.0e-3", ["gkd"]),
         ("params.yaml", "repeats: 1", "repeats: 2", ["assemble", "gkd"]),
+        ("params.yaml", "num_tokens: 1024", "num_tokens: 2048", ["assemble", "gkd"]),
         ("conf/score/pico.yaml", "num_tokens: 512", "num_tokens: 256", ["score", "search", "assemble", "gkd"]),
         ("conf/search_space/pico.yaml", "[w80,", "[w80, w48,", STAGES),
         ("conf/parent/pico.yaml", "source: random", "source: random   # a comment", []),
@@ -119,7 +120,7 @@ def test_a_sweep_leaves_dvc_clean_and_works_beside_a_repro(project, undo):
     assert points == [f"constraints.params_fraction=null,constraints.speedup={s}" for s in ("1.01", "1.02", "1.03")], sweep.stdout
     for point in points:
         assert json.loads((day / point / "solution.json").read_text())["status"] == "optimal"
-        assert (day / point / "plots" / "architecture.png").exists()
+        assert (day / point / "plots" / "solution.png").exists()
     run(["git", "checkout", "-q", "--", "."], project)
     run(["dvc", "checkout", "-q", "--force"], project)
     assert would_run(project) == []

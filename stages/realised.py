@@ -1,0 +1,40 @@
+"""The joint KL of each of many architectures beside the sum of scores predicted for it: a table and a picture."""
+from pathlib import Path
+
+from puzzle_core import evaluation, plots, realised, rivals, tables
+from puzzle_core.config import fill, plain, stage
+from puzzle_core.constraints import constraints_from
+from puzzle_core.corpus import Corpus
+from puzzle_core.files import write_json
+from puzzle_core.parents import load_parent, pick_device
+from puzzle_core.problem import Problem
+from puzzle_core.spec import Scenario
+
+
+@stage("realised", reads="assemble", command=("architectures", "random", "search", "constraints", "workload", "rivals"))
+def run(cfg):
+    data, out, settings = Path(cfg.data), Path(cfg.out), fill(realised.Settings, cfg.realised)
+    scores, costs, library = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs", "library"))
+    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Scenario, cfg.workload)))
+    rows = [row for name in cfg.architectures for row in realised.read_architectures(data / name)]
+    if cfg.random:
+        constraints = constraints_from(plain(cfg.constraints), problem)
+        drawn = rivals.random_architectures(problem, constraints, cfg.random, fill(rivals.Settings, cfg.rivals))
+        rows += [{"group": "random", "name": f"random {n}", "architecture": one} for n, one in enumerate(drawn, start=1)]
+    parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device), in_parts=True)
+    corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
+    batches = settings.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
+    weights_of = tables.variant_files(library, data / "blocks")
+    rows = realised.measure(parent, rows, lambda one: problem.score(problem.rows_of(one)), weights_of, batches, settings)
+    summary = realised.agreement(rows)
+    write_json(out / "realised.json", rows)
+    write_json(out / "metrics" / "realised.json", summary)
+    title = f"{len(rows)} architectures, {sum(batch.size for batch in batches):,} held-out tokens"
+    plots.realised_picture(rows, problem.metric, out / "plots" / "realised.png", title)
+    print(realised.table(rows))
+    print(f"realised: {title}: rank correlation with the prediction {summary['spearman']:.3f}, "
+          f"median ratio {summary['median_ratio']:.3f}; {out}/realised.json, {out}/plots/realised.png")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run()
