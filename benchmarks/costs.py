@@ -33,9 +33,9 @@ from puzzle_core.subblocks import build_subblock, resolve_space
 JUDGED = ("latency_ms", "throughput_tokens_per_s", "memory_mib", "speedup")
 SHOWN = (*JUDGED, "prefill_ms", "decode_ms")
 LIMITS = {"median": 0.05, "worst": 0.10}
-DEFAULTS = {  # parents, workload, search space, turns, requests
-    "cpu": (["smollm2-135m"], "b1p64g32", "demo", costs.Torch(device="cpu", repeats=6, warmup=1, decode_contexts=2, decode_steps=4), 3),
-    "cuda": (["smollm2-135m", "llama-3.2-1b"], "b8p512g128", "paper", costs.Torch(device="cuda", repeats=9, warmup=2, decode_steps=8), 5),
+DEFAULTS = {  # parents, workload, search space, how costs are measured, timed requests
+    "cpu": (["smollm2-135m"], "b1p64g32", "demo", costs.Torch("cpu", repeats=6, decode_contexts=2), 3),
+    "cuda": (["smollm2-135m", "llama-3.2-1b"], "b8p512g128", "paper", costs.Torch("cuda", repeats=7, warmup=2, decode_steps=8), 3),
 }
 
 

@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
+from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, swapped
@@ -172,17 +173,21 @@ class Torch:
         return statistics.mean(medians)
 
 
-BACKENDS = {"torch": Torch}
+Backend = Torch | Roofline
+BACKENDS = {"torch": Torch, "roofline": Roofline}
 
 
-def backend(preset: Mapping[str, object]) -> Torch:
+def backend(preset: Mapping[str, object]) -> Backend:
     """What a preset of conf/hardware/ says; ValueError that names an unknown backend or key."""
     name, values = preset.get("backend"), {key: value for key, value in preset.items() if key != "backend"}
     if name not in BACKENDS:
         raise ValueError(f"hardware.backend is '{name}'.{did_you_mean(name, BACKENDS)} Known: {', '.join(BACKENDS)}.")
-    known = [field.name for field in fields(BACKENDS[name])]
-    for key in values.keys() - set(known):
-        raise ValueError(f"unknown key '{key}' in hardware.{did_you_mean(key, known)} Known of backend {name}: {', '.join(known)}.")
+    known = fields(BACKENDS[name])
+    names = [field.name for field in known]
+    for key in values.keys() - set(names):
+        raise ValueError(f"unknown key '{key}' in hardware.{did_you_mean(key, names)} Known of backend {name}: {', '.join(names)}.")
+    if lacking := [field.name for field in known if field.default is MISSING and field.name not in values]:
+        raise ValueError(f"hardware lacks {', '.join(lacking)}: see the presets of backend {name} in conf/hardware/")
     return BACKENDS[name](**values)
 
 
@@ -198,7 +203,7 @@ def profile(
     parent: Parent,
     space: Mapping[str, list[Variant]],
     scenarios: list[Scenario],
-    backend: Torch,
+    backend: Backend,
     known: pd.DataFrame,
     keep: Callable[[pd.DataFrame], None] = lambda table: None,
 ) -> tuple[pd.DataFrame, int]:

@@ -147,3 +147,41 @@ def test_a_workload_lists_its_scenarios_once():
     assert Workload(8, 512, 128, ("b1p512g128", "b8p512g128")).scenarios == [Scenario(8, 512, 128), Scenario(1, 512, 128)]
     with pytest.raises(ValueError, match="'b1' is not a scenario id"):
         Workload(8, 512, 128, ("b1",)).scenarios  # noqa: B018
+
+
+def roofline(**changes):
+    rates = {"name": "a chip", "peak_tflops": {"bfloat16": 1.0, "fp8": 2.0}, "memory_gb_per_s": 10.0, "link_gb_per_s": 1.0}
+    return costs.backend({"backend": "roofline", **rates, **changes})
+
+
+def of(pico, backend):
+    table, _ = profile(pico, space_of(pico), SCENARIO, backend=backend)
+    return table.set_index(["subblock", "variant", "metric"]).value, table
+
+
+def test_a_roofline_is_the_longer_of_arithmetic_and_memory(pico):
+    value, table = of(pico, roofline())
+    assert set(table.source[table.unit == "ms"]) == {"analytic"} and table.hardware[0].startswith("1 × a chip, roofline, bfloat16")
+    weights, between = 3 * 64 * 160 * 2, 3 * 2 * (64 + 160) * 2  # bytes of the FFN's matrices, and of what two tokens bring and take
+    assert value["ffn", "parent", "decode_ms"] == pytest.approx(1e3 * (weights + between + 4 * 2 * 64 * 2) / 10e9)
+    assert value["ffn", "no_op", "decode_ms"] == 0 < value["ffn", "w80", "decode_ms"] < value["ffn", "parent", "decode_ms"]
+    assert value["attention", "kv1", "kv_bytes_per_token"] == 2 * 16 * 2 == value["attention", "parent", "kv_bytes_per_token"] / 2
+    slow, _ = of(pico, roofline(peak_tflops={"bfloat16": 1e-6, "fp8": 2e-6}, memory_gb_per_s=1e9))
+    assert slow["ffn", "parent", "prefill_ms"] == pytest.approx(1e3 * 2 * 32 * 3 * 64 * 160 / 1e6)
+
+
+def test_a_roofline_knows_fp8_and_several_devices(pico):
+    (one, _), (fp8, _) = of(pico, roofline()), of(pico, roofline(dtype="fp8", kv_dtype="fp8"))
+    assert fp8["ffn", "parent", "param_bytes"] == one["ffn", "parent", "param_bytes"] / 2
+    assert fp8["attention", "parent", "kv_bytes_per_token"] == one["attention", "parent", "kv_bytes_per_token"] / 2
+    assert fp8["outside", "parent", "decode_ms"] == one["outside", "parent", "decode_ms"] / 2
+    two, _ = of(pico, roofline(num_devices=2))
+    shared = one["ffn", "parent", "decode_ms"] - 1e3 * 4 * 2 * 64 * 2 / 10e9  # norm and residual are everywhere
+    joined = 1e3 * 2 * (1 - 1 / 2) * 2 * 64 * 2 / 1e9
+    assert two["ffn", "parent", "decode_ms"] == pytest.approx(one["ffn", "parent", "decode_ms"] - shared / 2 + joined)
+    with pytest.raises(ValueError, match="link_gb_per_s of a chip is not known"):
+        roofline(num_devices=2, link_gb_per_s=None)
+    with pytest.raises(ValueError, match="hardware.dtype is 'float8'.*Known of a chip: bfloat16, fp8"):
+        roofline(dtype="float8")
+    with pytest.raises(ValueError, match="hardware lacks name, peak_tflops, memory_gb_per_s"):
+        costs.backend({"backend": "roofline"})

@@ -1,0 +1,129 @@
+"""Costs of hardware that is not here: how long its arithmetic and its memory would take at their peak rates.
+
+Each product of matrices takes the longer of its operations at the peak rate of their type and its bytes at the memory's bandwidth;
+what is between the products is read and written once. Nothing overlaps and nothing else takes time, so these are floors: use them to
+compare variants and workloads, not as promises.
+"""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from puzzle_core.modeling_puzzle import window_of
+from puzzle_core.parents import Parent
+from puzzle_core.spec import ATTENTION, LINEAR, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
+from puzzle_core.subblocks import build_subblock, num_params
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+Costs = dict[str, tuple[float, float]]  # metric: value and spread, which is 0
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Computed from peak rates: one preset of conf/hardware/."""
+
+    name: str
+    peak_tflops: Mapping[str, float]  # by dtype, dense
+    memory_gb_per_s: float
+    link_gb_per_s: float | None = None  # of one device to the others of its host, each way
+    num_devices: int = 1  # that share every layer's matrices (tensor parallel)
+    dtype: str = "bfloat16"  # of weights and products
+    kv_dtype: str = "bfloat16"
+    device: str = "auto"  # where assemble and gkd time the child, and how: not the hardware that this describes
+    serving: str = "auto"
+    source = "analytic"
+
+    def __post_init__(self):
+        for key, known in (("dtype", self.peak_tflops), ("kv_dtype", BYTES)):
+            if (value := getattr(self, key)) not in known or value not in BYTES:
+                raise ValueError(f"hardware.{key} is '{value}'.{did_you_mean(value, known)} Known of {self.name}: {', '.join(known)}.")
+        if self.num_devices > 1 and not self.link_gb_per_s:
+            raise ValueError(f"hardware.num_devices is {self.num_devices}, but link_gb_per_s of {self.name} is not known")
+
+    def place(self, parent: Parent) -> str:
+        """What the costs are true of, in words."""
+        return f"{self.num_devices} × {self.name}, roofline, {self.dtype}, KV cache in {self.kv_dtype}"
+
+    def conditions(self, parent: Parent) -> list:
+        """All besides place, parent, variant and workload that determines a cost."""
+        return [self.peak_tflops[self.dtype], self.memory_gb_per_s, self.link_gb_per_s]
+
+    def measure(
+        self, parent: Parent, scenario: Scenario, options: list[tuple[str, Variant]], base: object
+    ) -> Iterator[tuple[tuple[str, Variant], Costs]]:
+        """The costs of each of `options`; those of the base, which the measured backends need, are computed like the rest."""
+        config, num_layers = parent.model.config, len(parent.layers)
+        whole = sum(p.numel() for p in parent.model.parameters())
+        for subblock, variant in options:
+            if subblock == OUTSIDE:
+                count = whole - num_layers * sum(num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS)
+                head = parent.model.get_output_embeddings()
+                times = [self._products_s(head, scenario.batch_size, config) for _ in range(2)]
+                kv_bytes = 0.0
+            else:
+                module = parent.module(0, subblock) if variant == PARENT else build_subblock(parent, 0, subblock, variant)
+                count = num_params(parent, 0, subblock, module)
+                kv_bytes = self._kv_bytes(parent, variant, scenario.sequence_len) if subblock == ATTENTION else 0.0
+                prompt, half = scenario.prompt_len, scenario.prompt_len + scenario.generation_len / 2
+                times = [
+                    self._subblock_s(parent, subblock, variant, module, scenario.batch_size, *of_sequence)
+                    for of_sequence in ((prompt, (prompt + 1) / 2, prompt), (1, half, half))
+                ]
+            sizes = {"num_params": count, "param_bytes": count * BYTES[self.dtype], "kv_bytes_per_token": kv_bytes}
+            metrics = {"prefill_ms": 1000 * times[0], "decode_ms": 1000 * times[1], **sizes}
+            yield (subblock, variant), {metric: (float(value), 0.0) for metric, value in metrics.items()}
+
+    def _seconds(self, flops: float, num_bytes: float) -> float:
+        """The longer of arithmetic and memory traffic, shared by the devices."""
+        return max(flops / (1e12 * self.peak_tflops[self.dtype]), num_bytes / (1e9 * self.memory_gb_per_s)) / self.num_devices
+
+    def _products_s(self, module: nn.Module, num_tokens: float, config) -> float:
+        """Of `num_tokens` through every matrix of `module`; of experts, those that the tokens are sent to."""
+        seconds = 0.0
+        for weight in (p for p in module.parameters() if p.ndim > 1):
+            copies, (rows, columns) = (1, weight.shape) if weight.ndim == 2 else (weight.shape[0], weight.shape[1:])
+            each = min(getattr(config, "num_experts_per_tok", None) or 1, copies) if copies > 1 else 1
+            read = copies * (1 - (1 - each / copies) ** num_tokens)  # expected, where the tokens are spread evenly
+            traffic = read * rows * columns * BYTES[self.dtype] + num_tokens * each * (rows + columns) * BYTES[self.kv_dtype]
+            seconds += self._seconds(2 * num_tokens * each * rows * columns, traffic)
+        return seconds
+
+    def _subblock_s(
+        self, parent: Parent, subblock: str, variant: Variant, module: nn.Module, batch_size: int, tokens: int, context: float, held: float
+    ) -> float:
+        """One subblock, its norm and the sum into the residual stream: `tokens` of each sequence go through it at once.
+
+        Each attends to `context` tokens on the average; `held` are in the cache at the end.
+        """
+        if variant == NO_OP:
+            return 0.0
+        config, num_tokens = parent.model.config, batch_size * tokens
+        hidden_bytes = num_tokens * config.hidden_size * 2
+        seconds = self._products_s(module, num_tokens, config) + self._seconds(0, 4 * hidden_bytes) * self.num_devices
+        if self.num_devices > 1:  # an all-reduce of what the devices have of the output
+            seconds += 2 * (1 - 1 / self.num_devices) * hidden_bytes / (1e9 * self.link_gb_per_s)
+        if subblock == ATTENTION and variant != LINEAR:
+            flops = 4 * num_tokens * self._seen(parent, variant, context) * config.num_attention_heads * _head_dim(config)
+            seconds += self._seconds(flops, batch_size * self._seen(parent, variant, held) * self._kv_bytes_each(parent, variant))
+        return seconds
+
+    def _kv_bytes_each(self, parent: Parent, variant: Variant) -> float:
+        """Of a token that is in the cache."""
+        heads = variant.size if variant.kind == "kv" else parent.family.whole_size("kv", parent.model.config)
+        return 2 * heads * _head_dim(parent.model.config) * BYTES[self.kv_dtype]
+
+    def _seen(self, parent: Parent, variant: Variant, context: float) -> float:
+        """Tokens that attention sees of `context`, on the average over the layers."""
+        config = parent.model.config
+        own = [variant.size if variant.kind == "window" else window_of(config, layer) for layer in range(len(parent.layers))]
+        return sum(min(context, window or context) for window in own) / len(own)
+
+    def _kv_bytes(self, parent: Parent, variant: Variant, sequence_len: int) -> float:
+        """Of a token of one sequence, averaged over its length."""
+        if variant in (LINEAR, NO_OP):
+            return 0.0
+        return self._kv_bytes_each(parent, variant) * self._seen(parent, variant, sequence_len) / sequence_len
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
