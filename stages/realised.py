@@ -8,14 +8,14 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.files import write_json
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.problem import Problem
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Workload
 
 
 @stage("realised", reads="assemble", command=("architectures", "random", "search", "constraints", "workload", "rivals"))
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(realised.Settings, cfg.realised)
     scores, costs, library = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs", "library"))
-    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Scenario, cfg.workload)))
+    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Workload, cfg.workload).scenario))
     rows = [row for name in cfg.architectures for row in realised.read_architectures(data / name)]
     if cfg.random:
         constraints = constraints_from(plain(cfg.constraints), problem)
