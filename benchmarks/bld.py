@@ -26,7 +26,6 @@ from benchmarks.machine import RandomTokens, bytes_per_s, matmul_flops_per_s, no
 from puzzle_core import bld
 from puzzle_core.learners import is_trained, normalised_mse
 from puzzle_core.parents import Parent, pick_device
-from puzzle_core.plan import Plan, plan
 from puzzle_core.shards import GIB
 from puzzle_core.spec import SUBBLOCKS
 from puzzle_core.subblocks import build_subblock, resolve_space
@@ -92,7 +91,7 @@ def our_steps(parent: Parent, space: dict, settings: bld.Settings, num_sampled: 
     """Seconds a step over all layers, and seconds to initialise and refit them, from layers sampled evenly."""
     corpus, device, num_layers = RandomTokens(parent.model.config.vocab_size), parent.device, len(parent.layers)
     jobs, steps, closed, seen = bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus), [], [], {}
-    budgets = {"calibration": settings.calibration_tokens, "val": settings.val_tokens, "train": settings.seq_len * settings.batch_size}
+    budgets = {**settings.budgets, "train": settings.seq_len * settings.batch_size}
     batches = {use: corpus.batches(use, tokens, settings.seq_len, settings.batch_size, use) for use, tokens in budgets.items()}
     begun = now(device)
     with tempfile.TemporaryDirectory() as directory:
@@ -119,17 +118,11 @@ def our_steps(parent: Parent, space: dict, settings: bld.Settings, num_sampled: 
     return {**took, "measuring_s": now(device) - begun, **seen}
 
 
-def planned(parent: Parent, jobs: list[bld.Job], settings: bld.Settings, **budgets: int) -> Plan:
-    wanted, of_run = [(job.layer, job.subblock, job.variant) for job in jobs], {"calibration": 0, "val": 0, **budgets}
-    return plan(parent, wanted, of_run, settings.seq_len, settings.batch_size, settings.memory_gib, compiled=settings.compile)
-
-
 def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: int) -> dict:
     """All of `train_library` for the lowest layers on a short budget: its time and its peak memory beside what the plan says."""
     corpus, device = RandomTokens(parent.model.config.vocab_size), parent.device
     jobs = [job for job in bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus) if job.layer < num_layers]
-    budgets = {"calibration": settings.calibration_tokens, "train": settings.train_tokens, "val": settings.val_tokens}
-    expected = planned(parent, jobs, settings, **budgets)
+    expected = bld.planned(parent, jobs, settings)
     emptied(device)
     with tempfile.TemporaryDirectory() as directory:
         start = now(device)
@@ -174,7 +167,7 @@ def main(arguments: list[str] | None = None) -> dict:
         """Measure our step, uncompiled or compiled; seconds."""
         dtype = str(parent.model.dtype).removeprefix("torch.")
         jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, RandomTokens(2))
-        a_step = planned(parent, jobs, settings, train=tokens)
+        a_step = bld.planned(parent, jobs, replace(settings, train_tokens=tokens))
         flops, profiled = a_step.training_flops + a_step.parent_flops, options.profile and settings.compile == options.compile
         took = our_steps(parent, space, settings, options.layers_sampled, options.repeats, profiled)
         step_s, floor_s = took["step_s"], flops / rate[dtype]

@@ -3,7 +3,7 @@
 The parent runs once over each batch, and all variants of a window of layers learn from what it sees and says on the way.
 Where the hidden states of the whole training budget fit in memory, a window is one layer and the parent's run goes on
 from where the last window ended; else windows are as large as memory allows, and each runs the parent's layers below it
-again (`plan`).
+again (`plan`). Layers are independent, so ranks share nothing but rows.
 """
 import gc
 from pathlib import Path
@@ -14,12 +14,13 @@ from tqdm import tqdm
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
-from puzzle_core.plan import plan
+from puzzle_core.plan import Plan, plan, work
+from puzzle_core.ranks import ALONE, Ranks
 from puzzle_core.spec import Variant
 from puzzle_core.subblocks import variant_row
 from puzzle_core.trace import ParentRun
 from puzzle_core.trainees import Job
-from puzzle_core.windows import Settings, Window
+from puzzle_core.windows import Settings, Window, unfinished
 
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
 
@@ -42,46 +43,63 @@ def jobs(parent: Parent, spaces: list[dict[str, list[Variant]]], settings: Setti
 
 
 def train_library(
-    parent: Parent, wanted: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path
+    parent: Parent, wanted: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, ranks: Ranks = ALONE
 ) -> tuple[pd.DataFrame, int]:
     """Make every wanted variant's file, keep those that are whole and still match, remove what is not wanted.
 
-    Returns the library table and the number of variants made.
+    Returns the library table and the number of variants made; the same on every rank. With several, each makes its share
+    of the variants: neighbouring layers, and part of one, so that no rank runs the parent further up than it must.
     """
     blocks.mkdir(parents=True, exist_ok=True)
     rows = {job: row for job in wanted if (row := _finished(job, blocks)) is not None}
-    missing = [job for job in wanted if job not in rows]
-    if missing:
-        rows |= _make(parent, missing, corpus, settings, seed, blocks)
-    for stray in {p.name for p in blocks.iterdir()} - {job.file_name for job in wanted}:
-        (blocks / stray).unlink()
+    missing = sorted((job for job in wanted if job not in rows), key=lambda job: job.layer)
+    ranks.wait()  # all know the same rows before anyone makes more
+    tried = len(settings.ridge or [])
+    mine = ranks.mine_in_order(*work(parent, _variants(missing), settings.budgets, settings.seq_len, tried, settings.target))
+    made = _make(parent, [missing[i] for i in mine], corpus, settings, seed, blocks, show=ranks.first) if mine else {}
+    rows |= dict(ranks.gather(list(made.items())))
+    if ranks.first:
+        for stray in {p.name for p in blocks.iterdir()} - {job.file_name for job in wanted}:
+            (blocks / stray).unlink()
+        for state in unfinished(blocks).glob("*.pt"):  # of runs that were killed and never taken up again
+            state.unlink()
     return pd.DataFrame([rows[job] for job in wanted]), len(missing)
 
 
-def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path) -> dict[Job, dict]:
-    """Train the missing variants, window by window; the rows of their files."""
-    shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
-    budgets = {"calibration": settings.calibration_tokens, "train": settings.train_tokens, "val": settings.val_tokens}
-    planned = plan(
+def _variants(some: list[Job]) -> list[tuple[int, str, Variant]]:
+    return [(job.layer, job.subblock, job.variant) for job in some]
+
+
+def planned(parent: Parent, missing: list[Job], settings: Settings) -> Plan:
+    """What it takes to make these variants in one process."""
+    return plan(
         parent,
-        [(job.layer, job.subblock, job.variant) for job in missing],
-        budgets,
-        memory_gib=settings.memory_gib,
+        _variants(missing),
+        settings.budgets,
+        settings.seq_len,
+        settings.batch_size,
+        settings.memory_gib,
         ridge=settings.ridge is not None,
         compiled=settings.compile,
         target=settings.target,
-        **shape,
     )
+
+
+def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
+    """Train the missing variants, window by window; the rows of their files."""
+    shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
+    it_takes = planned(parent, missing, settings)
     batches = {
         "calibration": corpus.batches("train", settings.calibration_tokens, seed=f"bld-calibration-{seed}", **shape),
         "train": corpus.batches("train", settings.train_tokens, seed=f"bld-{seed}", **shape),
         "val": corpus.batches("validation", settings.val_tokens, seed=f"bld-val-{seed}", **shape),
     }
-    run = ParentRun(parent, {use: some for use, some in batches.items() if planned.holds_training or use != "train"})
+    run = ParentRun(parent, {use: some for use, some in batches.items() if it_takes.holds_training or use != "train"})
     rows = {}
-    with tqdm(total=planned.num_steps, desc=f"bld: {len(missing)} variants, {len(planned.windows)} windows", unit="step") as progress:
+    title = f"bld: {len(missing)} variants, {len(it_takes.windows)} windows"
+    with tqdm(total=it_takes.num_steps, desc=title, unit="step", disable=not show) as progress:
         position = 0
-        for layers in planned.windows:
+        for layers in it_takes.windows:
             for layer in range(position, layers.start):
                 run.skip(layer)
             here = [job for job in missing if job.layer in layers]

@@ -12,9 +12,11 @@ from pathlib import Path
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from puzzle_core.launcher import Launcher, is_launched
 from puzzle_core.spec import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,17 +72,29 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     return target(**{**values, **more})
 
 
-def stage(name: str, reads: str | None = None, command: tuple[str, ...] = ()) -> Callable:
+def this_command() -> list[str]:
+    """The overrides with which another process composes the config of this Hydra job, down to its output folder."""
+    job = HydraConfig.get()
+    folder = str(job.runtime.output_dir).replace("'", "\\'")
+    return [*job.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
+
+
+def stage(name: str, reads: str | None = None, command: tuple[str, ...] = (), launches: bool = False) -> Callable:
     """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1.
 
     For a command that is no stage of dvc.yaml: `reads` is the stage whose keys it sees beside its section of
-    conf/config.yaml; a `command` has its own keys, which it names here, in conf/NAME.yaml.
+    conf/config.yaml; a `command` has its own keys, which it names here, in conf/NAME.yaml. A stage that `launches` shares
+    its work among the processes of `launcher` in params.yaml: `run` is called in each, and learns from `ranks` which it is.
     """
 
     def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> object:
             try:
+                if launches and not is_launched():
+                    launcher = fill(Launcher, cfg.launcher)
+                    if launcher.wanted:
+                        return launcher.run(name, this_command())
                 return run(declared(cfg, reads or name, (*command, name) if reads or command else ()))
             except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
                 if cfg.get("debug"):

@@ -200,6 +200,35 @@ def plan(
     )
 
 
+def work(
+    parent: Parent,
+    wanted: list[tuple[int, str, Variant]],
+    budgets: dict[str, int],
+    seq_len: int,
+    num_strengths: int = 0,
+    target: str = "subblock",
+) -> tuple[list[float], list[float]]:
+    """FLOPs that each of `wanted` takes, and that the parent takes up to its layer: what processes divide.
+
+    A refit is float32 and float64 work: `num_strengths` of the ridge are tried. It counts as often as it is slower on a GPU.
+    """
+    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, seq_len))
+    shape = _Shape(1, parent.model.config.get_text_config().hidden_size, 4, False, target == "block")
+    seen, slower = budgets["calibration"] + budgets["val"], 15 if parent.model.dtype.itemsize < 4 else 1
+
+    @functools.cache
+    def of(subblock: str, variant: Variant) -> float:
+        if variant in (PARENT, NO_OP):
+            return 0.0
+        costs, n = costs_of(subblock, variant), costs_of(subblock, variant).last_inputs
+        refit = 2 * n * (n + shape.hidden) * seen + (num_strengths + 1) * n * n * (n + 2 * shape.hidden) if num_strengths else 0
+        training = _layer(parent, costs_of, [(subblock, variant)], shape, num_strengths > 0).flops
+        return budgets["train"] * training + seen * costs.forward_flops + slower * refit
+
+    below = sum(costs_of(s, PARENT).forward_flops for s in (ATTENTION, FFN)) * (budgets["train"] + seen)
+    return [of(s, v) for _, s, v in wanted], [below * (layer + 1) for layer, _, _ in wanted]
+
+
 def _limit(device: torch.device, memory_gib: float | None) -> float:
     if memory_gib is not None:
         return memory_gib * GIB

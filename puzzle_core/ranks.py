@@ -1,7 +1,7 @@
 """Processes that share one job under torchrun: who am I, which part is mine, and bringing the rows together.
 
-Layers are independent of each other, so a job is divided by layer and no gradient ever travels: only finished rows do.
-A process that torchrun did not start is rank 0 of 1, and everything here does nothing for it.
+Layers are independent of each other, so bld and score divide their work by layer, and no gradient travels between them: only
+finished rows do. A process that torchrun did not start (`launcher`) is rank 0 of 1, and everything here does nothing for it.
 """
 import contextlib
 import os
@@ -11,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from puzzle_core.launcher import is_launched
 
 PATIENCE = timedelta(days=7)  # a rank with little to do waits for the busiest; a rank that dies is noticed at once
 
@@ -39,7 +41,7 @@ class Ranks:
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"process {self.local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}. "
-                "Start as many processes as there are GPUs: torchrun --nproc-per-node gpu"
+                "Start as many processes as there are GPUs: launcher.processes=gpu"
             )
         own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
@@ -48,6 +50,10 @@ class Ranks:
     def mine(self, work: list[float]) -> list[int]:
         """Which of the items, whose work is estimated in any unit, are this rank's."""
         return [item for item, rank in enumerate(divide(work, self.world_size)) if rank == self.rank]
+
+    def mine_in_order(self, work: list[float], reach: list[float]) -> list[int]:
+        """Which of the items, done in order, are this rank's; see `divide_in_order`."""
+        return [item for item, rank in enumerate(divide_in_order(work, reach, self.world_size)) if rank == self.rank]
 
     def gather(self, rows: list) -> list:
         """The rows of all ranks, rank by rank, on every rank; waits for the slowest.
@@ -83,13 +89,37 @@ def divide(work: list[float], world_size: int) -> list[int]:
     return owner
 
 
+def divide_in_order(work: list[float], reach: list[float], world_size: int) -> list[int]:
+    """The rank of each item where a rank takes neighbours: the fullest rank has as little as it can.
+
+    A rank's load is the `work` of its items and what it costs to `reach` its last one (never less than the one before).
+    """
+
+    def filled(limit: float) -> list[int]:
+        """Each rank takes items up to `limit`, so this needs the fewest ranks."""
+        owner, rank, load = [], 0, 0.0
+        for own, there in zip(work, reach, strict=True):
+            if load and load + own + there > limit:
+                rank, load = rank + 1, 0.0
+            load += own
+            owner.append(rank)
+        return owner
+
+    low, high = 0.0, sum(work) + max(reach, default=0.0)
+    for _ in range(60):  # halves the error each time, down to what a float can tell
+        middle = (low + high) / 2
+        fits = not work or filled(middle)[-1] < world_size and max(map(sum, zip(work, reach, strict=True))) <= middle
+        low, high = (low, middle) if fits else (middle, high)
+    return filled(high)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started, told by its environment variables; alone without them.
 
     The processes talk over gloo: rows are small and live in main memory, whatever the devices are.
     """
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not is_launched():
         yield ALONE
         return
     dist.init_process_group("gloo", timeout=PATIENCE)

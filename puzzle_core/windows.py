@@ -60,6 +60,11 @@ class Settings:
         if self.settled is not None and self.eval_every_steps is None:
             raise ValueError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
 
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Tokens of each use."""
+        return {"calibration": self.calibration_tokens, "train": self.train_tokens, "val": self.val_tokens}
+
     def determining(self, variant: Variant) -> dict:
         """The settings that decide what a variant's weights are."""
         names = [field.name for field in fields(self)]
@@ -77,6 +82,11 @@ class Group:
     trainees: list[Trainee]
 
 
+def unfinished(blocks: Path) -> Path:
+    """The folder of the states of windows in training."""
+    return blocks.with_name(".bld")
+
+
 class Window:
     """The variants of some consecutive layers: initialised, trained beside each other, measured, written."""
 
@@ -86,8 +96,8 @@ class Window:
         self.kv_calls: dict[int, Call] = {}
         self.trainees = [trainee for layer in layers for trainee in self._initialise([job for job in here if job.layer == layer], layer)]
         self.groups = [group for layer in layers for group in self._groups(layer)] if num_steps else []
-        self.state_file = blocks.with_name(".bld") / f"{layers.start}-{layers.stop}.pt"
         self.state_of = fingerprint(*(job.fingerprint for job in here), num_steps)
+        self.state_file = unfinished(blocks) / f"{layers.start}-{layers.stop}-{self.state_of}.pt"
 
     # -------------------------------------------------------------------------------------------- before training
 

@@ -8,7 +8,7 @@ from puzzle_core.files import lock
 from puzzle_core.parents import load_parent, pick_device
 
 
-@stage("score")
+@stage("score", launches=True)
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(scoring.Settings, cfg.score)
     with ranks.joined() as mine, lock(out, mine.tag("score")):

@@ -1,12 +1,23 @@
 """Processes that share a job: the work is divided the same way everywhere, rows come together, a lost rank is noticed."""
+import itertools
 import os
 import socket
+import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from conftest import EXCERPT, PICO, ROOT, pico_parent, run
 from torch import multiprocessing
 
-from puzzle_core import ranks
+from puzzle_core import bld, ranks
+from puzzle_core.corpus import Corpus
+from puzzle_core.files import lock
+from puzzle_core.launcher import Launcher
+from puzzle_core.subblocks import resolve_space
+
+SETTINGS = bld.Settings(64, 4, 512, 512, 256, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 
 
 def free_port() -> int:
@@ -47,6 +58,51 @@ def test_work_is_divided_largest_first_and_every_item_once():
         assert sorted(item for part in parts for item in part) == list(range(16))
 
 
+def test_neighbours_stay_together_and_the_fullest_rank_has_the_least():
+    work, reach = [0.0, 3.0, 1.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0]
+    for world_size in (1, 2, 3, 7):
+        owner = ranks.divide_in_order(work, reach, world_size)
+
+        def fullest(cuts: tuple[int, ...]) -> float:
+            parts = [range(a, b) for a, b in itertools.pairwise((0, *cuts, len(work)))]
+            return max(sum(work[i] for i in part) + reach[part[-1]] for part in parts if part)
+
+        best = min(fullest(cuts) for cuts in itertools.combinations_with_replacement(range(len(work) + 1), world_size - 1))
+        cuts = tuple(owner.index(rank) for rank in range(1, max(owner) + 1))
+        assert owner == sorted(owner) and max(owner) < world_size and fullest(cuts) == best
+    assert ranks.divide_in_order([], [], 2) == []
+
+
+def share_a_library(mine: ranks.Ranks, folder: Path) -> None:
+    """Every variant is made, and one that goes missing made again, by whichever rank."""
+    folder.mkdir(exist_ok=True)
+    parent = pico_parent()
+    corpus = Corpus(parent.tokenizer, EXCERPT)
+    space = resolve_space({"attention": ["kv1", "linear"], "ffn": ["w80", "w48"]}, parent.model.config, parent.family)
+    jobs = bld.jobs(parent, [space] * len(parent.layers), SETTINGS, 0, corpus)
+    arguments = parent, jobs, corpus, SETTINGS, 0, folder / "blocks"
+    table, num_made = bld.train_library(*arguments, mine)
+    assert num_made == len(jobs)
+    table.to_parquet(folder / f"{mine.rank}.parquet")
+    made_here = {file.name for file in (folder / "blocks").iterdir()}
+    mine.wait()
+    (folder / "blocks" / "003-ffn-w48.safetensors").unlink(missing_ok=True)
+    mine.wait()
+    again, num_made = bld.train_library(*arguments, mine)
+    assert num_made == 1 and {file.name for file in (folder / "blocks").iterdir()} == made_here
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_two_ranks_make_the_library_that_one_makes(tmp_path):
+    in_two_processes(share_a_library, tmp_path / "two")
+    share_a_library(ranks.ALONE, tmp_path / "one")
+    one, *two = (pd.read_parquet(tmp_path / name) for name in ("one/0.parquet", "two/0.parquet", "two/1.parquet"))
+    for table in two:
+        pd.testing.assert_frame_equal(table, one)
+    for name in one.path:
+        assert (tmp_path / "two/blocks" / name).read_bytes() == (tmp_path / "one/blocks" / name).read_bytes(), name
+
+
 def gather_rows(mine: ranks.Ranks, folder) -> None:
     rows = mine.gather([{"rank": mine.rank, "row": i} for i in range(mine.rank + 1)])
     assert rows == [{"rank": 0, "row": 0}, {"rank": 1, "row": 0}, {"rank": 1, "row": 1}]
@@ -69,3 +125,25 @@ def lose_one(mine: ranks.Ranks, folder) -> None:
 def test_a_rank_that_is_lost_is_noticed_by_the_others(tmp_path):
     in_two_processes(lose_one, tmp_path)
     assert (tmp_path / "noticed").exists()
+
+
+def test_one_setting_makes_a_stage_several_processes_that_stop_together(tmp_path):
+    small = ["bld.train_tokens=256", "search_space.ffn=[w80]", "search_space.attention=[kv1]", "launcher.processes=2"]
+    command = [sys.executable, "-m", "stages.bld", *PICO, f"out={tmp_path}", *small]
+    with lock(tmp_path, "bld.1"):  # the second rank finds that it cannot have it
+        lost = run(command, ROOT, check=False)
+    assert lost.returncode == 1 and "another 'bld.1' is still writing" in lost.stderr
+    assert "bld: error: a process of several failed, its own message is above; all were stopped" in lost.stderr
+    assert not (tmp_path / "library.parquet").exists()
+    assert run(command, ROOT).stdout.count("variants made") == 1
+    assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
+
+
+def test_the_command_of_several_machines_names_where_they_meet():
+    command = Launcher(8, 2, "first:29500").command("bld", ["out=data"])
+    assert command[-3:] == ["-m", "stages.bld", "out=data"]
+    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=first:29500"} <= set(command)
+    with pytest.raises(ValueError, match="launcher.rendezvous does not say where they meet"):
+        Launcher(8, 2)
+    with pytest.raises(ValueError, match="launcher.processes is 'all'; expected a number of processes on each machine, or gpu"):
+        Launcher("all")
