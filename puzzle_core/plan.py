@@ -94,14 +94,15 @@ class _Shape:
     def step_bytes(self, inner: int, last_inputs: int, num_outputs: int, subblock: str) -> int:
         """While one learner's gradient is made: `inner` activations, what backward keeps of them, and their gradients.
 
-        An FFN keeps inner values and their products, or makes gradients of them, three times in all at the fullest moment.
-        Losses are float32: an error for each output, unless a compiled kernel makes it again.
+        An FFN keeps inner values and their products, or makes gradients of them, three times in all at the fullest moment;
+        compiled, once, beside its products and their gradients, in whose place those of the inner values come. Losses are
+        float32: an error for each output, unless a compiled kernel makes it again.
         """
         if subblock == ATTENTION:  # before and after the rotary embedding, and the gradients of both
             return self.tokens * self.itemsize * (4 * inner + 2 * last_inputs + 3 * self.hidden)
         outputs = num_outputs * self.hidden
         if self.compiled:
-            return self.tokens * self.itemsize * (3 * inner + 2 * outputs)
+            return self.tokens * self.itemsize * (inner + 2 * last_inputs + 2 * outputs)
         losses = outputs * (self.itemsize + 4) + 2 * 4 * self.hidden
         return self.tokens * max(3 * inner * self.itemsize, 2 * inner * self.itemsize + losses)
 
@@ -120,7 +121,7 @@ def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant]], shape: _
     learners += [(s, [c]) for s, v, c in trained if v.kind != "w" or shape.block_target]
     own, steps = {s: costs_of(s, PARENT) for s in (ATTENTION, FFN)}, []
     for subblock, some in learners:
-        steps.append(shape.step_bytes(sum(c.inner for c in some), max(c.last_inputs for c in some), len(some), subblock))
+        steps.append(shape.step_bytes(sum(c.inner for c in some), sum(c.last_inputs for c in some), len(some), subblock))
         if shape.block_target and subblock == ATTENTION:  # the gradient comes down through the parent's FFN
             steps[-1] += shape.step_bytes(own[FFN].inner, own[FFN].last_inputs, 1, FFN)
     flops = sum(c.training_flops for _, _, c in trained)

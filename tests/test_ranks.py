@@ -127,7 +127,7 @@ def test_a_rank_that_is_lost_is_noticed_by_the_others(tmp_path):
     assert (tmp_path / "noticed").exists()
 
 
-def test_one_setting_makes_a_stage_several_processes_that_stop_together(tmp_path):
+def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_a_job_of_slurm(tmp_path):
     small = ["bld.train_tokens=256", "search_space.ffn=[w80]", "search_space.attention=[kv1]", "launcher.processes=2"]
     command = [sys.executable, "-m", "stages.bld", *PICO, f"out={tmp_path}", *small]
     with lock(tmp_path, "bld.1"):  # the second rank finds that it cannot have it
@@ -135,7 +135,8 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together(tmp_path
     assert lost.returncode == 1 and "another 'bld.1' is still writing" in lost.stderr
     assert "bld: error: a process of several failed, its own message is above; all were stopped" in lost.stderr
     assert not (tmp_path / "library.parquet").exists()
-    assert run(command, ROOT).stdout.count("variants made") == 1
+    slurm = ["+sweep=slurm_gpus", "hydra/launcher=submitit_local", "launcher.nodes=1", "hydra.launcher.gpus_per_node=null"]
+    run([*command, *slurm, "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={tmp_path / 'jobs'}"], ROOT)  # Slurm's job, run here
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
 
 
