@@ -54,6 +54,9 @@ def frontier_picture(rows: list[dict], name: str, metric: str, path: str | Path,
     axes.set_title(title, size=11, loc="left")
     axes.set_xlabel(f"{name}, the limit", size=10)
     axes.set_ylabel(f"total {metric}, predicted", size=10)
+    positive = [score for score in y if score > 0]
+    if positive and max(positive) > 30 * min(positive):
+        axes.set_yscale("log", nonpositive="mask")  # what loses nothing has no place there
     _plain(axes)
     _write(figure, path)
 

@@ -8,7 +8,7 @@ from puzzle_core.problem import Problem
 from puzzle_core.spec import Workload
 
 
-@stage("frontier", reads="search")
+@stage("frontier")
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
     scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")

@@ -11,7 +11,7 @@ import yaml
 from conftest import ENVIRONMENT, copy_of_the_project, run
 
 pytestmark = pytest.mark.xdist_group("pipeline")
-STAGES = ["bld", "score", "profile-hardware", "search", "assemble", "gkd"]
+STAGES = ["bld", "score", "profile-hardware", "search", "frontier", "assemble", "gkd"]
 
 
 def ran(done: subprocess.CompletedProcess) -> list[str]:
@@ -77,15 +77,16 @@ def test_a_run_answers_what_did_i_get(project):
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("params.yaml", "params_fraction: 0.8", "params_fraction: 0.9", ["search", "assemble", "gkd"]),
-        ("params.yaml", "workload: pico", "workload: demo", ["profile-hardware", "search", "assemble", "gkd"]),
-        ("conf/hardware/cpu.yaml", "repeats: 5", "repeats: 4", ["profile-hardware", "search", "assemble", "gkd"]),
+        ("params.yaml", "params_fraction: 0.8", "params_fraction: 0.9", ["search", "frontier", "assemble", "gkd"]),
+        ("params.yaml", "workload: pico", "workload: demo", ["profile-hardware", "search", "frontier", "assemble", "gkd"]),
+        ("conf/hardware/cpu.yaml", "repeats: 5", "repeats: 4", ["profile-hardware", "search", "frontier", "assemble", "gkd"]),
         ("params.yaml", "parent: pico", "parent: smollm2-135m", STAGES),
         ("conf/parent/pico.yaml", "seed: 0", "seed: 1", STAGES),
         ("conf/gkd/pico.yaml", "lr: 1.0e-3", "lr: 2.0e-3", ["gkd"]),
         ("params.yaml", "repeats: 1", "repeats: 2", ["assemble", "gkd"]),
+        ("params.yaml", "points: 50", "points: 9", ["frontier"]),
         ("params.yaml", "num_tokens: 1024", "num_tokens: 2048", ["assemble", "gkd"]),
-        ("conf/score/pico.yaml", "num_tokens: 512", "num_tokens: 256", ["score", "search", "assemble", "gkd"]),
+        ("conf/score/pico.yaml", "num_tokens: 512", "num_tokens: 256", ["score", "search", "frontier", "assemble", "gkd"]),
         ("conf/search_space/pico.yaml", "[w80,", "[w80, w48,", STAGES),
         ("conf/parent/pico.yaml", "source: random", "source: random   # a comment", []),
         ("params.yaml", "seed: 0", "# another comment\nseed: 0", []),
@@ -101,7 +102,7 @@ def test_an_edit_reruns_what_depends_on_it(project, undo, file, old, new, expect
 
 def test_a_new_constraint_runs_search_assemble_and_gkd(project, undo):
     edit(project, "params.yaml", "params_fraction: 0.8", "params_fraction: 0.7")
-    assert repro(project) == ["search", "assemble", "gkd"]
+    assert repro(project) == ["search", "frontier", "assemble", "gkd"]
 
 
 def test_a_sweep_leaves_dvc_clean_and_works_beside_a_repro(project, undo):
@@ -149,7 +150,7 @@ def test_a_second_clone_searches_a_shared_library_without_training(project, undo
     edit(clone, "params.yaml", "params_fraction: 0.8", "params_fraction: 0.85")
     assert repro(clone, "--allow-missing", "search") == ["search"]
     assert not (clone / "data/blocks").exists()
-    assert repro(clone, "--pull", "--allow-missing") == ["assemble", "gkd"]
+    assert repro(clone, "--pull", "--allow-missing") == ["frontier", "assemble", "gkd"]
     tables = [pd.read_parquet(where / "data" / "library.parquet") for where in (project, clone)]
     pd.testing.assert_frame_equal(*tables)
 
