@@ -78,7 +78,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 {table}
 
 {accuracies}
-Asked for: {constraints}. Workload {scenario} (batch, prompt, generated tokens) in {dtype} on {hardware}; quality on held-out
+Asked for: {constraints}. Workload {scenario} (batch, prompt, generated tokens) in {dtype} on {hardware}; the search
+went by {priced}; quality on held-out
 text of {corpus}; torch {torch}, transformers {transformers}.
 
 ## Architecture
@@ -129,6 +130,7 @@ def write(folder: Path, parent: Parent, solution: Solution, measured: dict[str, 
         accuracies=accuracies(rows),
         constraints=", ".join(f"{c.name} {c.limit:g}" for c in solution.constraints) or "nothing",
         scenario=solution.scenario,
+        priced=solution.priced,
         dtype=str(parent.model.dtype).removeprefix("torch."),
         hardware=hardware_name(parent.device),
         corpus=corpus,

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import ATTENTION, FFN, PARENT, SUBBLOCKS, Variant, by_size
+from puzzle_core.spec import ATTENTION, FFN, PARENT, SUBBLOCKS, Solution, Variant, by_size
 
+PREDICTED = {"latency_ms": "latency, ms", "throughput_tokens_per_s": "tokens/s", "memory_mib": "memory, MiB", "kl": "KL to the parent"}
 NAMES = {ATTENTION: "attention", FFN: "FFN"}
 WIDTH_INCHES, DPI = 9.0, 200  # 9 inches are the 900 pixels of a README; twice the dots for sharp screens
 
@@ -88,6 +89,25 @@ def realised_picture(rows: list[dict], metric: str, path: str | Path, title: str
     axes.set_title(title, size=11, loc="left")
     axes.set_xlabel(f"total {metric} predicted, joint KL realised" if few else f"total {metric}, predicted", size=10)
     _plain(axes)
+    _write(figure, path)
+
+
+def predicted_picture(solution: Solution, measured: dict[str, dict[str, float]], path: str | Path) -> None:
+    """Draw to a PNG what the search predicted of parent and child and what was measured: a panel for each total that is known both ways."""
+    rows = {"parent": (solution.parent_totals, measured["parent"]), "child": (solution.predicted(), measured["child"])}
+    panels = [name for name in PREDICTED if any(all(side.get(name) for side in row) for row in rows.values())]
+    figure = Figure(figsize=(WIDTH_INCHES, 1.0 + 0.6 * len(rows)), dpi=DPI, layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels) or 1)), panels, strict=False):
+        sides = {key: [row[side].get(name, 0.0) for row in rows.values()] for side, key in enumerate(("predicted", "realised"))}
+        for shift, key, color in ((-0.2, "predicted", "#a9c4e4"), (0.2, "realised", "#1f5fa8")):
+            bars = axes.barh([place + shift for place in range(len(rows))], sides[key], height=0.38, color=color, label=key)
+            axes.bar_label(bars, [f" {value:.4g}" for value in sides[key]], size=8)
+        axes.set_yticks(range(len(rows)), list(rows) if name == panels[0] else [""] * len(rows), size=9)
+        axes.invert_yaxis()
+        axes.set_xlim(right=1.45 * max(map(max, sides.values())))
+        axes.set_title(PREDICTED[name], size=10, loc="left")
+        _plain(axes)
+    figure.suptitle(f"Predicted (light) and realised (dark): {solution.priced}", size=11, x=0.01, ha="left")
     _write(figure, path)
 
 

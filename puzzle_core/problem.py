@@ -86,6 +86,12 @@ class Problem:
         return ", ".join(sorted(set(self.costs.loc[self.costs["scenario"] == str(self.scenario), "hardware"])))
 
     @cached_property
+    def source(self) -> str:
+        """How the costs of the workload came about; what is only counted says nothing."""
+        sources = set(self.costs.loc[self.costs["scenario"] == str(self.scenario), "source"])
+        return ", ".join(sorted(sources - {"computed"} or sources))
+
+    @cached_property
     def totals_there(self) -> list[str]:
         """The names of the totals that the costs table has the metrics for."""
         there = set(self._base(str(self.scenario)).columns)

@@ -111,6 +111,8 @@ def solve(
         parent_totals=problem.parent_totals,
         constraints=tuple(constraints),
         objective=total,
+        source=problem.source,
+        hardware=problem.hardware,
     )
     return replace(solution, bound=solution.value if found.proven else min(solution.bound, solution.value))
 

@@ -6,6 +6,7 @@ A request is one batch of a scenario: the prompt goes in at once (prefill), then
 import contextlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from puzzle_core.spec import Scenario, did_you_mean
+from puzzle_core.spec import Scenario, Solution, did_you_mean
 
 EAGER, CUDA_GRAPH, COMPILE = "eager", "cuda_graph", "compile"
 SERVINGS = (EAGER, CUDA_GRAPH, COMPILE)
@@ -49,6 +50,17 @@ def pick_serving(name: str, device: torch.device) -> str:
     if name == CUDA_GRAPH and device.type != "cuda":
         raise ValueError("hardware.serving is cuda_graph, but the device is a CPU; use eager or compile, or auto")
     return name
+
+
+def warn_if_elsewhere(solution: Solution, model: PreTrainedModel, serving: str) -> None:
+    """Say on stderr if the search went by costs of other hardware, or of another way of serving, than `model` is timed on now."""
+    here = place(model, pick_serving(serving, model.device))
+    if solution.hardware != here:
+        print(
+            f"warning: the search went by {solution.priced}, but times are measured on {here}: predicted and realised times are of "
+            "different things. For costs of this machine choose its preset in `use.hardware` and run `dvc repro --force profile-hardware`.",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,8 @@ class Solution:
     parent_totals: dict[str, float]
     constraints: tuple[Constraint, ...]
     objective: str = "score"  # what was minimised: the score, or a total
+    source: str = ""  # of the costs: measured or analytic; empty where it is not known
+    hardware: str = ""  # that they are true of
 
     @property
     def value(self) -> float:
@@ -227,6 +229,11 @@ class Solution:
         """Predicted latency of the parent over that of the child."""
         child, parent = (totals.get("latency_ms", math.nan) for totals in (self.totals, self.parent_totals))
         return parent / child if child else math.inf
+
+    @property
+    def priced(self) -> str:
+        """Whose costs the search went by, in words."""
+        return f"{self.source} costs of {self.hardware}" if self.hardware else "costs of unknown hardware"
 
     @property
     def title(self) -> str:

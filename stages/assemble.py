@@ -10,6 +10,8 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
+from puzzle_core.plots import predicted_picture
+from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
 
 HOW = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
@@ -30,12 +32,14 @@ def run(cfg):
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
             verify_reload(child, part, torch.as_tensor(reported[0][:1], device=parent.device))
+            warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
             metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, settings)
             cards.write(part, parent, solution, metrics, HOW, corpus.name)
         for name, row in {**metrics, "predicted": solution.predicted()}.items():
             write_json(out / "metrics" / f"{name}.json", row)
         write_json(out / "chosen.json", solution.to_json())
         write_json(out / "plots" / "pool.json", compared)
+        predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
         architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
 

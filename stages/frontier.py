@@ -23,7 +23,8 @@ def run(cfg):
     plots.frontier_picture(rows, name, problem.metric, out / "plots" / "frontier.png", f"{problem.metric} lost on {problem.scenario}")
     proven = sum(point.status == "optimal" for point in points)
     ends = f"{name} {rows[0]['limit']:.4g} to {rows[-1]['limit']:.4g}, {problem.metric} {points[0].score:.4g} to {points[-1].score:.4g}"
-    print(f"frontier: {len(points)} points, {proven} proven optimal: {ends}; {out}/frontier.json, {out}/plots/frontier.png")
+    print(f"frontier: {len(points)} points, {proven} proven optimal: {ends}; {points[0].priced}")
+    print(f"frontier: {out}/frontier.json, {out}/plots/frontier.png")
 
 
 if __name__ == "__main__":

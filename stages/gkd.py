@@ -9,6 +9,7 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
+from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
 
 HOW = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
@@ -32,6 +33,7 @@ def run(cfg):
                 gkd.note_run(part, this_run, curve)
             child = load_child(part, parent.model.dtype, parent.device)  # as a user gets it, Trainer's wrappers off
             measured_by = fill(evaluation.Settings, cfg.evaluation)
+            warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
             metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, measured_by)
             cards.write(part, parent, solution, metrics, HOW.format(settings.train_tokens, corpus.name), corpus.name)
         write_json(out / "plots" / "gkd_curve.json", curve)

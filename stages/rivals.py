@@ -21,7 +21,8 @@ def run(cfg):
     title = ", ".join(map(str, constraints)) or "no constraint"
     plots.rivals_picture([entry.to_json() for entry in entries], problem.metric, out / "plots" / "rivals.png", title)
     print(rivals.table(entries, problem.totals_there))
-    print(f"rivals: {title} on {problem.scenario}, total {problem.metric}; {out}/rivals.json, {out}/plots/rivals.png")
+    costs_of = f"{problem.source} costs of {problem.hardware}"
+    print(f"rivals: {title} on {problem.scenario}, total {problem.metric}; {costs_of}; {out}/rivals.json, {out}/plots/rivals.png")
 
 
 if __name__ == "__main__":

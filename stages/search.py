@@ -21,7 +21,7 @@ def run(cfg):
     write_json(out / "pool.json", [one.to_json() for one in pool])
     architecture_picture(solution.architecture, out / "plots" / "solution.png", solution.title)
     more = f", and {len(pool) - 1} of {settings.pool_size - 1} others" if settings.pool_size > 1 else ""
-    print(f"search: {solution.title}{more}; {out}/solution.json")
+    print(f"search: {solution.title}{more}; {solution.priced}; {out}/solution.json")
     return solution.value
 
 

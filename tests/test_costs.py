@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import architecture, pico_parent, variants
 
-from puzzle_core import costs, serving, tables
+from puzzle_core import costs, plots, serving, tables
 from puzzle_core.children import make_child
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Workload
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Workload
 from puzzle_core.subblocks import resolve_space
 
 SCENARIO = Scenario(2, 16, 6)
@@ -185,3 +185,29 @@ def test_a_roofline_knows_fp8_and_several_devices(pico):
         roofline(dtype="float8")
     with pytest.raises(ValueError, match="hardware lacks name, peak_tflops, memory_gb_per_s"):
         costs.backend({"backend": "roofline"})
+
+
+def a_solution(hardware):
+    totals = {"latency_ms": 10.0, "throughput_tokens_per_s": 1200.0, "memory_mib": 0.5}
+    proof = {"score": 0.2, "bound": 0.2, "status": "optimal", "seconds": 0.0, "constraints": ()}
+    priced = {"totals": totals, "parent_totals": totals, "source": "measured", "hardware": hardware}
+    found = Solution(Architecture.uniform(4), SCENARIO, "kl", **proof, **priced)
+    assert Solution.from_json(found.to_json()) == found and found.to_json()["source"] == "measured"
+    return found
+
+
+def test_costs_of_another_machine_are_named_beside_this_one(pico, capsys):
+    serving.warn_if_elsewhere(a_solution(QUICK.place(pico)), pico.model, "auto")
+    assert capsys.readouterr().err == ""
+    serving.warn_if_elsewhere(a_solution("NVIDIA H200, cuda_graph, bfloat16"), pico.model, "auto")
+    warning = capsys.readouterr().err
+    assert "measured costs of NVIDIA H200, cuda_graph, bfloat16" in warning and QUICK.place(pico) in warning
+    assert "dvc repro --force profile-hardware" in warning
+
+
+def test_predicted_against_realised_is_drawn_where_both_are_known(tmp_path):
+    drawn = []
+    for known in ({}, {"latency_ms": 12.0, "memory_mib": 0.5, "kl": 0.3}):
+        plots.predicted_picture(a_solution("here"), {"parent": {**known, "kl": 0.0}, "child": known}, tmp_path / "picture.png")
+        drawn.append((tmp_path / "picture.png").read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in drawn) and drawn[0] != drawn[1]

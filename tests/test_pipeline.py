@@ -71,7 +71,9 @@ def test_a_run_answers_what_did_i_get(project):
     assert all(f"{row}.json" in shown for row in rows) and "perplexity" in shown
     run(["dvc", "plots", "show"], project)
     page = (project / "dvc_plots" / "index.html").read_text()
-    assert "GKD loss" in page and list((project / "dvc_plots" / "static").glob("*architecture.png"))
+    assert "GKD loss" in page and all(
+        list((project / "dvc_plots" / "static").glob(f"*{name}.png")) for name in ("architecture", "predicted_realised")
+    )
 
 
 @pytest.mark.parametrize(
