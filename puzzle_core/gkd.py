@@ -1,4 +1,5 @@
 """Global knowledge distillation: the whole child learns to agree with the parent, hidden state by hidden state and in its logits."""
+import copy
 import hashlib
 import json
 import math
@@ -6,22 +7,30 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from puzzle_core.files import fingerprint, write_json
+from puzzle_core.children import load_child, save_child
+from puzzle_core.corpus import Corpus
+from puzzle_core.families import family_for
+from puzzle_core.files import atomic, fingerprint, write_json
+from puzzle_core.losses import Comparison, Weights
+from puzzle_core.parents import Parent
+from puzzle_core.ranks import ALONE, Ranks
 from puzzle_core.schedule import lr_factor
+from puzzle_core.spec import did_you_mean
 
-VERSION = 2  # raise when a change here changes what the distilled child is
+VERSION = 3  # raise when a change here or in losses.py changes what the distilled child is
 RECORD = "distillation.json"  # in a distilled child's folder: what made it
-TOKENS_AT_ONCE = 256  # positions whose logits enter the KL at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Settings:
     """How the child is healed: one preset of conf/gkd/."""
 
     seq_len: int
-    batch_size: int  # sequences a step
+    batch_size: int  # sequences a step, of all processes
     train_tokens: int
     lr: float
     warmup_fraction: float
@@ -37,54 +46,77 @@ class Settings:
     grad_clip: float
     kl_weight: float
     cosine_weight: float
-    save_every_steps: int
+    save_every_steps: int | None  # None: nothing to go on from
+    lm_weight: float = 0.0
+    temperature: float = 1.0  # of the KL
+    micro_batch_size: int | None = None  # sequences of a process at a time; None: its whole share of a step
+    head_tokens: int = 4096  # whose logits exist at a time
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    parent_dtype: str | None = None  # None: its own
+    log_every_steps: int = 1
+    eval_every_steps: int | None = None  # None: before the first step and after the last
+    eval_tokens: int = 0  # held out; 0: not measured, and the last state is kept rather than the best
+    shard: bool = False  # FSDP2 over the processes of a launch, parent and child
+    phases: list[dict] = field(default_factory=list)  # what follows: each the keys that differ from those above
 
+    def __post_init__(self):
+        where = "conf/gkd/"
+        if min(self.kl_weight, self.cosine_weight, self.lm_weight) < 0 or not self.kl_weight + self.cosine_weight + self.lm_weight:
+            raise ValueError(f"{where}: kl_weight, cosine_weight and lm_weight must not be negative, and one of them must count")
+        if self.temperature <= 0:
+            raise ValueError(f"{where}: temperature is {self.temperature:g}, expected more than 0")
+        if self.parent_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"{where}: parent_dtype is '{self.parent_dtype}'; expected float32, bfloat16, float16 or null")
+        known = {f.name for f in fields(self)} - {"phases"}
+        for key in (key for phase in self.phases for key in phase if key not in known):
+            raise ValueError(f"{where}: a phase has the unknown key '{key}'.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}.")
 
-def kl_loss(parent_logits_BTV: Tensor, child_logits_BTV: Tensor) -> Tensor:
-    """Mean over tokens of KL(parent ‖ child), in nats; the float32 log-probabilities are made again on the way back."""
-    parent, child = parent_logits_BTV.flatten(0, 1), child_logits_BTV.flatten(0, 1)
-    parts = [
-        checkpoint(_kl_sum, p, c, use_reentrant=False)
-        for p, c in zip(parent.split(TOKENS_AT_ONCE), child.split(TOKENS_AT_ONCE), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(child)
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.kl_weight, self.cosine_weight, self.lm_weight, self.temperature)
 
+    def each_phase(self) -> list["Settings"]:
+        """This run's phases, the first one among them, as settings without phases."""
+        first = replace(self, phases=[])
+        return [first, *(replace(first, **phase) for phase in self.phases)]
 
-def _kl_sum(parent_NV: Tensor, child_NV: Tensor) -> Tensor:
-    log_p, log_c = parent_NV.float().log_softmax(-1), child_NV.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(log_c, log_p, reduction="sum", log_target=True)
+    @property
+    def num_tokens(self) -> int:
+        """Trained on in all phases."""
+        return sum(phase.train_tokens for phase in self.each_phase())
 
-
-def cosine_loss(parent_hiddens: tuple[Tensor, ...], child_hiddens: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(h_child, h_parent); both start with the embeddings, which are left out."""
-    per_layer = [
-        1 - torch.nn.functional.cosine_similarity(c.float(), p.float(), dim=-1).mean()
-        for p, c in zip(parent_hiddens[1:], child_hiddens[1:], strict=True)
-    ]
-    return torch.stack(per_layer).mean()
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """Sequences that a process takes at a time, and how often it does in a step; ValueError where it does not come out even."""
+        size = self.micro_batch_size or max(1, self.batch_size // world_size)
+        if self.batch_size % (size * world_size):
+            raise ValueError(
+                f"conf/gkd/: batch_size {self.batch_size} is not a multiple of micro_batch_size {size} × {world_size} processes"
+            )
+        return size, self.batch_size // (size * world_size)
 
 
 class Distiller(Trainer):
-    """transformers' Trainer with the parent's outputs as the labels."""
+    """transformers' Trainer of a child whose forward gives losses, measured on held-out text at intervals."""
 
-    def __init__(self, parent: PreTrainedModel, settings: Settings, **kwargs):
+    def __init__(self, settings: Settings, held_out: list[Tensor], **kwargs):
+        """`held_out`: [B, T] token batches, those of this process."""
         super().__init__(**kwargs)
-        self.parent, self.settings, self.parts = parent, settings, {}
-        self.model_accepts_loss_kwargs = False  # the loss below is a mean, so accumulation must divide it
+        self.settings, self.held_out = settings, held_out
+        self.parts: dict[str, Tensor] = {}  # sums over what was trained on since the last log, on the device
+        self.num_parts = 0
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation must divide it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        wanted = {"use_cache": False, "output_hidden_states": self.settings.cosine_weight > 0}
-        with torch.no_grad():
-            parent = self.parent(input_ids=inputs["input_ids"], **wanted)
-        child = model(input_ids=inputs["input_ids"], **wanted)
-        losses = {"kl": kl_loss(parent.logits, child.logits)}
-        if self.settings.cosine_weight > 0:
-            losses["cosine"] = cosine_loss(parent.hidden_states, child.hidden_states)
-        loss = self.settings.kl_weight * losses["kl"] + self.settings.cosine_weight * losses.get("cosine", 0.0)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"gkd loss is {loss.item()} at step {self.state.global_step}: lower `lr` in conf/gkd/")
-        self.parts = {name: value.item() for name, value in losses.items()}
-        return (loss, child) if return_outputs else loss
+        losses = model(input_ids=inputs["input_ids"])
+        loss = losses.pop("loss")
+        self.parts = {name: self.parts.get(name, 0.0) + value.detach() for name, value in losses.items()}
+        self.num_parts += 1
+        return (loss, losses) if return_outputs else loss
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: it would walk through all parameters at every step."""
+        return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The schedule of BLD: transformers' own begins its warm-up with a step at rate 0."""
@@ -93,7 +125,35 @@ class Distiller(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        super().log({**logs, **self.parts} if "loss" in logs else logs, *args, **kwargs)
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(f"gkd loss is {logs['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
+            means = {name: self.accelerator.reduce(total / self.num_parts, "mean").item() for name, total in self.parts.items()}
+            logs, self.parts, self.num_parts = {**logs, **means}, {}, 0
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """KL to the parent in nats a token and perplexity on held-out text; a state better than all before is saved."""
+        means = [self.model_wrapped(input_ids=ids.to(self.args.device), held_out=True) for ids in self.held_out]
+        kl, lm = (torch.stack([mean[name] for mean in means]).double().mean() for name in ("kl", "lm"))
+        kl, lm = (self.accelerator.reduce(mean, "mean").item() for mean in (kl, lm))
+        metrics = {"eval_kl": kl, "eval_perplexity": math.exp(lm)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save |= self.settings.save_every_steps is not None and self._is_best(kl)
+        return metrics
+
+    def _is_best(self, kl: float) -> bool:
+        """Of what was trained: what the child was before the first step is not kept."""
+        return self.state.global_step > 0 and (self.state.best_metric is None or kl < self.state.best_metric)
+
+    def load_best(self) -> None:
+        """Go back to the best state, if it is not the last one."""
+        best = self.state.best_model_checkpoint
+        if best is not None and self.state.best_global_step != self.state.global_step:
+            print(f"gkd: held-out KL was lowest after step {self.state.best_global_step}, which is kept")
+            self._load_best_model()
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
@@ -117,64 +177,211 @@ def run_fingerprint(child: Path, settings: Settings, *determined_by: object) -> 
 
 
 @contextmanager
-def work_folder(out: Path, run: str) -> Iterator[Path]:
+def work_folder(out: Path, run: str, ranks: Ranks = ALONE) -> Iterator[Path]:
     """The folder of the checkpoints of `run`; those of other runs are removed, and itself when the block succeeds."""
     work = out / f".gkd-{run}"
-    for stale in set(out.glob(".gkd-*")) - {work}:
+    for stale in set(out.glob(".gkd-*")) - {work} if ranks.first else ():
         shutil.rmtree(stale)
     yield work
-    shutil.rmtree(work, ignore_errors=True)
+    if ranks.first:
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def note_run(folder: Path, run: str, curve: list[dict[str, float]]) -> None:
-    """Write into a distilled child's folder which run made it, its curve, and the size of every file that the run wrote."""
+def _note(folder: Path, run: str, curve: list[dict[str, float]]) -> None:
+    """Write into a healed child's folder which run made it, its curve, and the size of every file that the run wrote."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     write_json(folder / RECORD, {"run": run, "curve": curve, "sizes": sizes})
 
 
-def take_over(finished: Path, run: str, folder: Path) -> list[dict[str, float]] | None:
-    """Link the child in `finished` into the new `folder` and return its curve, if this very run made it and it is whole."""
+def _noted(folder: Path, run: str) -> list[dict[str, float]] | None:
+    """The curve of the child in `folder`, if this very run made it and it is whole."""
     try:
-        record = json.loads((finished / RECORD).read_text())
-        if record["run"] != run or any((finished / name).stat().st_size != size for name, size in record["sizes"].items()):
-            return None
+        record = json.loads((folder / RECORD).read_text())
+        if record["run"] == run and all((folder / name).stat().st_size == size for name, size in record["sizes"].items()):
+            return record["curve"]
     except (OSError, ValueError, KeyError):
-        return None  # there is none, or a part of one
-    shutil.copytree(finished, folder, copy_function=os.link)
-    return record["curve"]
+        pass  # there is none, or a part of one
+    return None
+
+
+def link(folder: Path, other: Path) -> None:
+    """Make the folder `other` of the same files: nothing is copied."""
+    shutil.copytree(folder, other, copy_function=os.link)
+
+
+def _whole_batches(corpus: Corpus, settings: Settings, seed: str) -> tuple:
+    """The token sequences [N, T] to train on, and those held out, of one phase."""
+    step = settings.seq_len * settings.batch_size
+    train_tokens, eval_tokens = (-(-tokens // step) * step for tokens in (settings.train_tokens, settings.eval_tokens))
+    held_out = corpus.sequences("validation", eval_tokens, settings.seq_len, seed=seed) if eval_tokens else []
+    return corpus.sequences("train", train_tokens, settings.seq_len, seed=seed), held_out
+
+
+def heal(
+    parent: Parent, child: PreTrainedModel, corpus: Corpus, settings: Settings, seed: int, work: Path, ranks: Ranks = ALONE
+) -> list[dict[str, float]]:
+    """Train `child` (float32) in place on text of `corpus`, phase after phase; leave it in the parent's dtype.
+
+    Returns the curve: rows of step, loss, its parts, learning_rate; and rows of step, held_out_kl, held_out_perplexity.
+    A sharded child stays sharded and in float32: `whole` brings it together.
+    """
+    curve: list[dict[str, float]] = []
+    for number, phase in enumerate(settings.each_phase()):
+        suffix, done = f"-{number}" if number else "", max((row["step"] for row in curve), default=0)
+        sequences, held_out = _whole_batches(corpus, phase, f"gkd-{seed}{suffix}")
+        rows = distill(parent.model, child, list(sequences), phase, seed, work / f"phase{suffix}", list(held_out), ranks)
+        curve += [{**row, "step": row["step"] + done} for row in rows]
+    if not isinstance(child, FSDPModule):
+        _cast(child.eval(), parent.model.dtype)
+    return curve
+
+
+def heal_once(
+    finished: Path, made_from: Path, work: Path, run: str, parent: Parent, corpus: Corpus, settings: Settings, seed: int, ranks: Ranks
+) -> tuple[Path, list[dict[str, float]]]:
+    """The folder of the child that `run` makes of the checkpoint `made_from`, under `work`, and its curve.
+
+    Healed now, unless the folder `finished`, or `work` after a kill, has it.
+    """
+    folder, curve = work / "healed", None
+    if ranks.first:
+        curve = _noted(folder, run)
+        if curve is None and (curve := _noted(finished, run)):
+            with atomic(folder) as part:
+                link(finished, part)
+    curve = ranks.gather([curve])[0]
+    if curve is None:
+        child = load_child(made_from, torch.float32, parent.device)  # the optimizer's masters
+        curve = heal(parent, child, corpus, settings, seed, work, ranks)
+        child = whole(child, made_from, parent.model.dtype, ranks)
+        if ranks.first:
+            save_child(child, parent.tokenizer, folder)
+            _note(folder, run, curve)
+    return folder, curve
+
+
+def held_out_rows(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [row for row in curve if "held_out_kl" in row]
+
+
+def training_rows(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [row for row in curve if "loss" in row]
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    for parameter in model.parameters():  # not model.to(): rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def whole(child: PreTrainedModel, made_from: Path, dtype: torch.dtype, ranks: Ranks) -> PreTrainedModel | None:
+    """The healed child in one piece: itself, or its shards brought together in rank 0 in a model like the one in `made_from`."""
+    if not isinstance(child, FSDPModule):
+        return child
+    state = get_model_state_dict(child, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not ranks.first:
+        return None
+    together = load_child(made_from, torch.float32, torch.device("cpu"))
+    together.load_state_dict(state)
+    return _cast(together, dtype)
+
+
+def shard(model: PreTrainedModel) -> None:
+    """FSDP2, in place: each layer's parameters, and the others together, are divided over all processes.
+
+    A GPU computes in bfloat16. What is outside the layers stays gathered while the losses are made from the head.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if model.device.type == "cuda" else None
+    more = {"mp_policy": policy} if policy else {}
+    for layer in model.get_submodule(family_for(model.config).layers):
+        fully_shard(layer, **more)
+    fully_shard(model, reshard_after_forward=False, **more)
+
+
+@contextmanager
+def _parent_for(parent: PreTrainedModel, settings: Settings, sharded: bool) -> Iterator[PreTrainedModel]:
+    """The parent as GKD runs it: in `parent_dtype`, in shards. It is a copy then, and the whole waits in main memory."""
+    dtype = getattr(torch, settings.parent_dtype) if settings.parent_dtype else parent.dtype
+    if dtype == parent.dtype and not sharded:
+        yield parent
+        return
+    other = _cast(copy.deepcopy(parent), dtype)
+    device = parent.device
+    if sharded:
+        shard(other)
+        parent.to("cpu")
+    try:
+        yield other
+    finally:
+        parent.to(device)
 
 
 def distill(
-    parent: PreTrainedModel, child: PreTrainedModel, sequences: list, settings: Settings, seed: int, work: Path
+    parent: PreTrainedModel,
+    child: PreTrainedModel,
+    sequences: list,
+    settings: Settings,
+    seed: int,
+    work: Path,
+    held_out: list | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
-    """Train `child` (float32) in place on [N, T] token sequences, leave it in the parent's dtype.
+    """One phase: train `child` (float32) in place on [N, T] token sequences; returns the curve, as `heal` does.
 
-    Returns the curve: step, loss, kl, cosine, learning_rate.
-
+    With `held_out` sequences, as many in each process, the state that is nearest to the parent on them is what stays.
     Checkpoints go to `work`; a run that finds one there goes on from it, to the same result as an uninterrupted run.
     """
-    num_steps = math.ceil(len(sequences) / settings.batch_size)
+    limit, seq_len = getattr(parent.config, "max_position_embeddings", None), len(sequences[0])
+    if limit and seq_len > limit:
+        raise ValueError(f"gkd.seq_len is {seq_len}, and the parent's positions end at {limit}: lower it in conf/gkd/")
+    size, accumulation = settings.micro_batches(ranks.world_size)
+    found = ranks.gather([_last_whole_checkpoint(work) if ranks.first else None])[0]
+    sharded, num_steps = settings.shard and ranks.world_size > 1, math.ceil(len(sequences) / settings.batch_size)
+    mine = torch.as_tensor(np.stack(held_out[ranks.rank :: ranks.world_size])).split(size) if held_out else []
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=num_steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.grad_clip,
-        bf16=parent.device.type == "cuda",
+        optim="adamw_torch_fused",
         use_cpu=parent.device.type == "cpu",
-        logging_steps=1,
-        save_steps=settings.save_every_steps,
+        logging_steps=settings.log_every_steps,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step; log() looks
+        save_strategy="steps" if settings.save_every_steps else "no",
+        save_steps=settings.save_every_steps or num_steps,
         save_total_limit=2,
+        eval_strategy="steps" if mine else "no",
+        eval_steps=settings.eval_every_steps or num_steps,
+        eval_on_start=bool(mine) and found is None,
+        metric_for_best_model="kl" if mine else None,
+        greater_is_better=False if mine else None,
+        fsdp=True if sharded else None,
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"} if sharded else None,
+        ddp_find_unused_parameters=False,
         seed=seed,
         report_to=[],
         remove_unused_columns=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be DataParallel: another batch size
     dataset = [{"input_ids": torch.as_tensor(row)} for row in sequences]
-    trainer = Distiller(parent, settings, model=child.train(), args=arguments, train_dataset=dataset)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    for parameter in child.eval().parameters():  # not child.to(): rotary frequencies stay in float32
-        parameter.data = parameter.data.to(parent.dtype)
-    columns = ("step", "loss", "kl", "cosine", "learning_rate")
-    return [{c: row[c] for c in columns if c in row} for row in trainer.state.log_history if "loss" in row]
+    with _parent_for(parent, settings, sharded) as reference:
+        if sharded and not isinstance(child, FSDPModule):
+            shard(child)
+        comparison = Comparison(reference, child, settings.weights, settings.head_tokens, settings.compile)
+        with comparison.installed(settings.gradient_checkpointing):
+            trainer = Distiller(settings, mine, model=child, args=arguments, train_dataset=dataset, eval_dataset=dataset if mine else None)
+            trainer.train(resume_from_checkpoint=found)
+            trainer.load_best()
+    return _curve(trainer.state.log_history)
+
+
+def _curve(history: list[dict]) -> list[dict[str, float]]:
+    """Trainer's log as rows of losses and rows of held-out text."""
+    trained = ("step", "loss", "kl", "cosine", "lm", "learning_rate")
+    measured = {"step": "step", "eval_kl": "held_out_kl", "eval_perplexity": "held_out_perplexity"}
+    losses = [{name: row[name] for name in trained if name in row} for row in history if "loss" in row]
+    held_out = [{new: row[name] for name, new in measured.items()} for row in history if "eval_kl" in row]
+    return sorted([*held_out, *losses], key=lambda row: row["step"])

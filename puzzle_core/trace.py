@@ -128,13 +128,13 @@ def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
 
 
 def head_of(model: PreTrainedModel, family: Family, hidden_ND: Tensor) -> Tensor:
-    """The same of any model of the family, a child too: [N, V]."""
+    """The same of any model of the family, a child too: [N, V]. It is the class's forward, whatever stands in the model's own."""
     # Together these have every field that any causal LM asks of its body's output.
     body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
     body.cross_attentions = None
     # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
     with _answering({model.base_model, model.get_submodule(family.layers.rpartition(".")[0])}, body):
-        return model(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
+        return type(model).forward(model, inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
 
 
 @dataclass

@@ -79,7 +79,7 @@ def test_score_keeps_finished_layers(whole, tmp_path):
 
 def test_gkd_goes_on_from_its_last_checkpoint(whole, tmp_path):
     overrides = [f"out={tmp_path}", f"data={whole}", *SLOW["gkd"]]
-    kill_when("gkd", overrides, lambda: any(tmp_path.glob(".gkd-*/checkpoint-1[0-9]/trainer_state.json")))
+    kill_when("gkd", overrides, lambda: any(tmp_path.glob(".gkd-*/phase/checkpoint-1[0-9]/trainer_state.json")))
     assert not (tmp_path / "distilled").exists()
     again = stage("gkd", *overrides)
     assert 0 < again.stdout.count("{'loss'") < 48, "the first steps were trained again"

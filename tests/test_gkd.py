@@ -1,0 +1,208 @@
+"""GKD: its losses are the plain formulas', it heals, measures itself, goes on where it was, and may be sharded."""
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import DistributedType, PartialState
+from conftest import EXCERPT, architecture, pico_parent, variants
+from test_ranks import in_two_processes
+from torch.nn import functional
+
+from puzzle_core import evaluation, gkd
+from puzzle_core.children import load_child, make_child, save_child
+from puzzle_core.corpus import Corpus
+from puzzle_core.losses import Comparison, Weights
+
+IDS = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+
+
+def plain(parent, child, weights: Weights) -> dict[str, torch.Tensor]:
+    """The formulas as one reads them, on whole logits."""
+    layers = {model: [] for model in (parent.model, child)}
+    for model, hiddens in layers.items():
+        for layer in model.get_submodule(parent.family.layers):
+            layer.register_forward_hook(lambda m, a, out, into=hiddens: into.append(out[0] if isinstance(out, tuple) else out))
+    of_parent, of_child = parent.model(IDS).logits.detach(), child(IDS).logits
+    log_p, log_c = ((x / weights.temperature).log_softmax(-1) for x in (of_parent, of_child))
+    pairs = zip(layers[child], layers[parent.model], strict=True)
+    losses = {
+        "kl": functional.kl_div(log_c, log_p, log_target=True, reduction="none").sum(-1).mean() * weights.temperature**2,
+        "lm": functional.cross_entropy(of_child[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()),
+        "cosine": torch.stack([1 - functional.cosine_similarity(c, p.detach(), dim=-1).mean() for c, p in pairs]).mean(),
+    }
+    for model in layers:
+        for layer in model.get_submodule(parent.family.layers):
+            layer._forward_hooks.clear()
+    return losses | {"loss": sum(getattr(weights, name) * value for name, value in losses.items())}
+
+
+@pytest.mark.parametrize(
+    ("parent", "weights", "head_tokens", "checkpointing"),
+    [
+        ({}, Weights(1.0, 1.0, 0.0, 1.0), 7, True),
+        ({"tie_word_embeddings": False}, Weights(0.5, 2.0, 0.3, 1.0), 1000, False),
+        ({}, Weights(1.0, 0.0, 0.0, 2.0), 16, False),
+        ({}, Weights(0.0, 0.0, 1.0, 1.0), 16, False),
+        ({}, Weights(0.0, 1.0, 0.0, 1.0), 16, False),
+        ({"model_type": "gemma2", "final_logit_softcapping": 0.5}, Weights(1.0, 1.0, 0.5, 0.7), 7, False),  # a cap that bites
+        ({"model_type": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False}, Weights(1.0, 1.0, 1.0, 1.0), 16, True),
+        ({"model_type": "gpt_neo"}, Weights(1.0, 1.0, 0.0, 1.0), 16, True),
+    ],
+)
+def test_losses_and_their_gradients_are_the_plain_formulas(tmp_path, parent, weights, head_tokens, checkpointing):
+    parent = pico_parent(**parent)
+    layers = ["no_op parent", "linear no_op", "kv1 w80", "no_op no_op"]
+    child = make_child(parent, architecture(*layers[: len(parent.layers)]), variants(parent, tmp_path)).requires_grad_(True)
+    expected = plain(parent, child, weights)
+    expected["loss"].backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in child.named_parameters()}
+    child.zero_grad()
+    comparison = Comparison(parent.model, child, weights, head_tokens)
+    with comparison.installed(checkpointing):
+        losses = child(input_ids=IDS)
+        (losses["loss"] / 2).backward()
+        with torch.no_grad():
+            held_out = child(input_ids=IDS, held_out=True)
+    assert set(losses) == {"loss"} | {name for name in ("kl", "lm", "cosine") if getattr(weights, name)}
+    for name, value in losses.items():
+        torch.testing.assert_close(value.detach(), expected[name].detach(), atol=1e-6, rtol=1e-4)
+    for name, p in child.named_parameters():
+        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else 2 * p.grad, gradients[name], atol=2e-6, rtol=1e-3)
+    torch.testing.assert_close(held_out["lm"], expected["lm"].detach(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(child(IDS).logits, child(input_ids=IDS).logits)  # both are themselves again
+
+
+SETTINGS = gkd.Settings(64, 4, 4096, 1e-3, 0.1, 0.0, 1.0, 1.0, 1.0, 100, eval_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def corpus(pico) -> Corpus:
+    return Corpus(pico.tokenizer, EXCERPT)
+
+
+@pytest.fixture
+def child(pico, tmp_path):
+    return make_child(pico, architecture("no_op w80", *["kv1 w80"] * 3), variants(pico, tmp_path)).requires_grad_(True)
+
+
+def test_gkd_brings_the_child_closer_to_the_parent(pico, corpus, child, tmp_path):
+    batches = corpus.batches("validation", 1024, 64, 4, seed="evaluation")
+    before = evaluation.compare(pico.model, child, batches)["child"]["kl"]
+    curve = gkd.heal(pico, child, corpus, SETTINGS, 0, tmp_path / "work")
+    assert len(gkd.training_rows(curve)) == 16 and set(curve[1]) == {"step", "loss", "kl", "cosine", "learning_rate"}
+    assert evaluation.compare(pico.model, child, batches)["child"]["kl"] < 0.8 * before
+
+
+def test_what_is_measured_on_the_way_is_what_evaluation_measures(pico, corpus, child, tmp_path):
+    curve = gkd.heal(pico, child, corpus, replace(SETTINGS, train_tokens=1024, eval_every_steps=3), 0, tmp_path / "work")
+    assert [row["step"] for row in gkd.held_out_rows(curve)] == [0, 3, 4]
+    measured = evaluation.compare(pico.model, child, corpus.batches("validation", 512, 64, 4, seed="gkd-0"))["child"]
+    last = gkd.held_out_rows(curve)[-1]
+    assert (last["held_out_kl"], last["held_out_perplexity"]) == pytest.approx((measured["kl"], measured["perplexity"]))
+
+
+def test_small_steps_add_up_to_the_large_one(pico, corpus, tmp_path):
+    curves = []
+    for changes in ({}, {"micro_batch_size": 1, "gradient_checkpointing": True, "head_tokens": 40, "log_every_steps": 2}):
+        child = make_child(pico, architecture("no_op w80", *["kv1 w80"] * 3), variants(pico, tmp_path))
+        settings = replace(SETTINGS, train_tokens=1024, **changes)
+        curves.append(gkd.heal(pico, child, corpus, settings, 0, tmp_path / f"work{len(curves)}"))
+    ours, theirs = (gkd.training_rows(curve) for curve in curves)
+    assert [row["step"] for row in theirs] == [2, 4]
+    assert [row["kl"] for row in theirs] == pytest.approx([(ours[i]["kl"] + ours[i + 1]["kl"]) / 2 for i in (0, 2)], rel=1e-4)
+    assert curves[0][-2]["held_out_kl"] == pytest.approx(curves[1][-2]["held_out_kl"], rel=1e-4)
+
+
+def test_the_best_state_is_kept_and_not_the_last(pico, corpus, child, tmp_path, monkeypatch):
+    """The learning rate explodes half way: what was best before that is what one gets."""
+    factor = gkd.lr_factor
+    monkeypatch.setattr(gkd, "lr_factor", lambda step, *args, **more: factor(step, *args, **more) if step < 8 else 300.0)
+    settings = replace(SETTINGS, eval_every_steps=4)
+    held_out = gkd.held_out_rows(gkd.heal(pico, child, corpus, settings, 0, tmp_path / "work"))
+    best = min(row["held_out_kl"] for row in held_out[1:])
+    assert best < held_out[0]["held_out_kl"] < held_out[-1]["held_out_kl"]
+    measured = evaluation.compare(pico.model, child, corpus.batches("validation", 512, 64, 4, seed="gkd-0"))["child"]
+    assert measured["kl"] == pytest.approx(best)
+
+
+def test_a_second_phase_goes_on_from_the_first_also_after_a_kill(pico, corpus, tmp_path, monkeypatch):
+    second = {"seq_len": 256, "batch_size": 1, "train_tokens": 1024, "lr": 2e-4}
+    settings = replace(SETTINGS, train_tokens=2048, save_every_steps=4, phases=[second])
+    fresh = lambda: make_child(pico, architecture("no_op w80", *["kv1 w80"] * 3), variants(pico, tmp_path))  # noqa: E731
+    curve = gkd.heal(pico, whole := fresh(), corpus, settings, 0, tmp_path / "whole")
+    assert [row["step"] for row in gkd.training_rows(curve)] == list(range(1, 13)) and curve[-1]["learning_rate"] < 2e-4
+    step, taken = gkd.Distiller.training_step, []
+
+    def killed(self, *args, **kwargs):
+        taken.append(self.args.output_dir)
+        if len(taken) == 11:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gkd.Distiller, "training_step", killed)
+        gkd.heal(pico, fresh(), corpus, settings, 0, tmp_path / "work")
+    resumed = fresh()
+    assert gkd.heal(pico, resumed, corpus, settings, 0, tmp_path / "work") == curve
+    assert all(p.equal(q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_dropout_is_off(corpus, tmp_path):
+    parent = pico_parent("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    child = make_child(parent, architecture(*["parent parent"] * 3), variants(parent, tmp_path))
+    curve = gkd.heal(parent, child, corpus, replace(SETTINGS, train_tokens=256), 0, tmp_path / "work")
+    assert gkd.training_rows(curve)[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_weight": 0.0, "cosine_weight": 0.0}, "one of them must count"),
+        ({"micro_batch_size": 3}, "batch_size 4 is not a multiple of micro_batch_size 3"),
+        ({"seq_len": 1024}, "gkd.seq_len is 1024, and the parent's positions end at 512"),
+        ({"phases": [{"seq_length": 128}]}, "a phase has the unknown key 'seq_length'. Did you mean 'seq_len'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(pico, corpus, child, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        gkd.heal(pico, child, corpus, replace(SETTINGS, **changes), 0, tmp_path / "work")
+
+
+def heal_in_shards(mine, pico, corpus, settings, folder) -> None:
+    """In one of two processes: healed in shards, killed at step 6, healed on; the first one keeps what came of it."""
+    create, step = gkd.Distiller.create_accelerator_and_postprocess, gkd.Distiller.training_step
+
+    def as_if_on_gpus(self):  # accelerate shards on accelerators only; all else is as it is there
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(self)
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    gkd.Distiller.create_accelerator_and_postprocess = as_if_on_gpus
+    child = load_child(folder / "child", torch.float32, torch.device("cpu"))
+    gkd.Distiller.training_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        gkd.heal(pico, child, corpus, settings, 0, folder / "two", mine)
+    assert all(p.to_local().numel() < p.numel() for p in child.parameters())
+    gkd.Distiller.training_step = step
+    child = load_child(folder / "child", torch.float32, torch.device("cpu"))
+    curve = gkd.heal(pico, child, corpus, settings, 0, folder / "two", mine)
+    child = gkd.whole(child, folder / "child", torch.float32, mine)
+    if mine.first:
+        torch.save((curve, child.state_dict()), folder / "two.pt")
+
+
+def test_two_processes_in_shards_do_what_one_does(pico, corpus, child, tmp_path):
+    save_child(child, pico.tokenizer, tmp_path / "child")
+    settings = replace(SETTINGS, train_tokens=2048, eval_every_steps=4, save_every_steps=4, shard=True)
+    in_two_processes(heal_in_shards, pico, corpus, settings, tmp_path)
+    curve, weights = torch.load(tmp_path / "two.pt")
+    alone = gkd.heal(pico, child, corpus, settings, 0, tmp_path / "one")
+    assert len(curve) == len(alone) == 11
+    for two, one in zip(curve, alone, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    for name, value in child.state_dict().items():
+        torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=1e-3)
