@@ -117,12 +117,12 @@ def divide_in_order(work: list[float], reach: list[float], world_size: int) -> l
 def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started, told by its environment variables; alone without them.
 
-    The processes talk over gloo: rows are small and live in main memory, whatever the devices are.
+    Rows travel over gloo: they are small and live in main memory, whatever the devices are. NCCL is for what lives on GPUs.
     """
     if not is_launched():
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     finally:

@@ -13,7 +13,7 @@ from puzzle_core.spec import Solution
 HOW = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
 
 
-@stage("gkd")
+@stage("gkd", launches=True)
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(gkd.Settings, cfg.gkd)
     with ranks.joined() as mine, lock(out, mine.tag("gkd")):
