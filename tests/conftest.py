@@ -1,10 +1,12 @@
 """Shared by the tests: pico parents of each family, and workspaces in which stages and DVC really run."""
+import functools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 
@@ -96,8 +98,15 @@ def architecture(*layers: str) -> Architecture:
     return Architecture(tuple(tuple(map(Variant.parse, layer.split())) for layer in layers))
 
 
+@functools.cache
+def quick_starts() -> None:
+    """From now on `python -m stages.NAME` and `dvc` in ENVIRONMENT start as forks; see forkserver.py."""
+    ENVIRONMENT["PATH"] = f"{forkserver.start()}:{ENVIRONMENT['PATH']}"
+
+
 def run(command: list, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in a workspace; AssertionError with its output if it fails and `check` is set."""
+    quick_starts()
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600
     )
@@ -106,7 +115,7 @@ def run(command: list, cwd: Path, check: bool = True, **environment: str) -> sub
 
 
 def stage(name: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    return run([sys.executable, "-m", f"stages.{name}", *PICO, *overrides], cwd, check, **environment)
+    return run(["python", "-m", f"stages.{name}", *PICO, *overrides], cwd, check, **environment)
 
 
 def copy_of_the_project(target: Path) -> Path:

@@ -102,11 +102,6 @@ def test_an_edit_reruns_what_depends_on_it(project, undo, file, old, new, expect
     assert would_run(project) == expected
 
 
-def test_a_new_constraint_runs_search_assemble_and_gkd(project, undo):
-    edit(project, "params.yaml", "params_fraction: 0.8", "params_fraction: 0.7")
-    assert repro(project) == ["search", "frontier", "assemble", "gkd"]
-
-
 def test_a_sweep_leaves_dvc_clean_and_works_beside_a_repro(project, undo):
     edit(project, "conf/bld/pico.yaml", "train_tokens: 1024", "train_tokens: 16384")
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
