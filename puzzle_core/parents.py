@@ -27,9 +27,12 @@ from transformers import (
 from transformers.utils import cached_file
 
 from puzzle_core.families import Family, family_for, family_of
-from puzzle_core.files import atomic, fingerprint, lock
+from puzzle_core.files import atomic, fingerprint, lock, read_json, write_json
 from puzzle_core.modeling_puzzle import get_subblock
 from puzzle_core.shards import Shards, layers_that_fit, load_shards
+from puzzle_core.tokens_gguf import split_as_in
+
+DEQUANTISATION = 2  # raised when what is made of a GGUF file changes: the caches of before are not read
 
 # Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
 # and loads from that instead of the revision that was asked for.
@@ -118,8 +121,9 @@ def _dequantised(file: Path, sha256: str | None) -> Path:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if sha256 and digest != sha256:
         raise ValueError(f"{file}: sha256 is {digest}, expected {sha256}. The file is damaged or another one: fetch it again.")
-    cache = Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle")) / "parents" / digest[:16]
-    with lock(cache.parent, digest[:16], wait=True):  # several stages may want it at once
+    name = fingerprint(digest, DEQUANTISATION)
+    cache = Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle")) / "parents" / name
+    with lock(cache.parent, name, wait=True):  # several stages may want it at once
         if not cache.is_dir():
             _dequantise(file, cache)
     return cache
@@ -133,6 +137,9 @@ def _dequantise(file: Path, cache: Path) -> None:
     with atomic(cache) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        content = read_json(part / "tokenizer.json")
+        split_as_in(file, content)
+        write_json(part / "tokenizer.json", content)
 
 
 def _gguf_file(path: str, package: str | None) -> Path:

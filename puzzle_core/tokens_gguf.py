@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as GGUF fields: byte-level BPE, whose splitting of text llama.cpp knows by name."""
+"""A tokenizer as GGUF fields, and how one from there splits text: byte-level BPE, whose splitting llama.cpp knows by name."""
 import json
 from pathlib import Path
 
@@ -37,6 +37,31 @@ def pre_tokenizer(content: dict) -> str:
     if bool(model.get("ignore_merges")) != ignores_merges:
         raise ValueError(f"the tokenizer cannot be written to GGUF: llama.cpp's {name} has ignore_merges {ignores_merges}, this one not")
     return name
+
+
+_STEP = {
+    "ByteLevel": lambda use_regex: {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex},
+    "Digits": lambda individual_digits: {"individual_digits": individual_digits},
+    "Split": lambda regex: {"pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+}
+
+
+def split_as_in(file: Path, content: dict) -> None:
+    """Let `content`, the tokenizer.json that transformers made of a GGUF file, split text as that file says.
+
+    transformers takes splitters that it does not know for gpt-2's, without a word; ValueError where we do not know them either.
+    """
+    fields = gguf.GGUFReader(file).fields
+    model, name = (fields[key].contents() if key in fields else None for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"))
+    by_name = {known: (steps, ignores_merges) for steps, (known, ignores_merges) in PRE_TOKENIZERS.items()}
+    if name in by_name:
+        steps, content["model"]["ignore_merges"] = by_name[name]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": kind, **_STEP[kind](how)} for kind, how in steps]}
+    elif model == "gpt2" and content["pre_tokenizer"]["type"] == "ByteLevel":  # others have been told apart, or split nothing
+        raise ValueError(
+            f"{file}: its tokenizer splits text as llama.cpp's '{name}' does, which is not known here; known: {', '.join(by_name)}. "
+            "Use the original checkpoint as the parent: conf/parent/hub.yaml or directory.yaml."
+        )
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int) -> None:

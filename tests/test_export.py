@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from puzzle_core import export_gguf, modeling_puzzle, nemotron
 from puzzle_core.children import make_child, save_child
 from puzzle_core.export import SavedChild
+from puzzle_core.parents import load_parent
 from puzzle_core.search import Problem, constraints_from, solve
 from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Variant
 from puzzle_core.targets import TARGETS, expressible, target_named, why_not
@@ -184,6 +185,35 @@ def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(name, tmp_path)
     assert tokenizer.decode(ids) == TEXT and len(ids) < len(TEXT.encode())
     for text in (TEXT, TEXT[:30], "a<eos>b 12 34"):
         torch.testing.assert_close(llama_cpp.next(text), llama_cpp.next(tokenizer(text).input_ids), atol=1e-4, rtol=0)
+
+
+DIGITS = "x\n\n1. one  2\n   34 ½²"  # gpt-2 splits the spaces before digits otherwise than smollm
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PRE_TOKENIZERS.values()])
+@torch.no_grad()
+def test_a_gguf_parent_is_the_model_in_the_file_and_splits_text_as_the_file_says(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    model, export = saved(tmp_path, (P,) * 4, of_name(name))
+    export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    parent = load_parent("gguf", path=str(tmp_path / "model.gguf"))
+    for text in (TEXT, DIGITS):
+        assert parent.tokenizer(text).input_ids == of_name(name)(text).input_ids
+    torch.testing.assert_close(parent.model(torch.tensor([PROMPT])).logits, model(torch.tensor([PROMPT])).logits)
+    (file,) = (tmp_path / "cache").rglob("tokenizer.json")
+    file.write_text(file.read_text().replace('"type": "ByteLevel"', '"type": "ByteLevel" '))
+    assert load_parent("gguf", path=str(tmp_path / "model.gguf")).identity != parent.identity
+
+
+def test_a_gguf_parent_whose_splitting_nobody_knows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    _, export = saved(tmp_path, (P,) * 4)
+    with monkeypatch.context() as patch:
+        patch.setitem(PRE_TOKENIZERS, (("ByteLevel", True),), ("poro-chat", False))
+        export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    with pytest.raises(ValueError, match="splits text as llama.cpp's 'poro-chat' does, which is not known here; known: gpt-2, smollm"):
+        load_parent("gguf", path=str(tmp_path / "model.gguf"))
+    assert not list((tmp_path / "cache").rglob("*.json"))
 
 
 def refused(exporter, layers, changes: dict, words: tuple[str, ...], tmp_path) -> None:
