@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, masking_utils
 from puzzle_core.families import Family, family_for
 from puzzle_core.trace import first, head_of
 
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**27}  # of which several float32 copies are made at a time: a CPU's stay in its cache
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}  # of which several float32 copies are made at a time: a CPU's stay in its cache
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Comparison:
                 losses = {name: mean for name, mean in zip(("kl", "lm"), means, strict=True) if getattr(weights, name)}
         if weights.cosine:
             pairs = zip(child_hiddens, parent_hiddens, strict=True)
-            cosine = sum(_Cosine.apply(c, p, self.compiled) for c, p in pairs) / len(child_hiddens)
+            cosine = torch.stack([_Cosine.apply(c, p, self.compiled) for c, p in pairs]).mean()
             loss = loss + weights.cosine * cosine
             losses["cosine"] = cosine.detach()
         return {"loss": loss, **losses}
@@ -229,7 +229,8 @@ class Comparison:
             some, gradient_NV = self._in_pieces(parent_NV, child_NV.detach(), targets_N, counted_N, *scales, weights.temperature)
             sums = sums + some
             if parameters:
-                of_hidden, *of_parameters = torch.autograd.grad(child_NV, (leaf_ND, *parameters), gradient_NV)
+                with self._autocast(False):
+                    of_hidden, *of_parameters = torch.autograd.grad(child_NV, (leaf_ND, *parameters), gradient_NV)
                 hidden_gradient_ND[start : start + size] = of_hidden
                 for total, part in zip(gradients, of_parameters, strict=True):
                     total += part

@@ -1,4 +1,5 @@
 """GKD: its losses are the plain formulas', it heals, measures itself, goes on where it was, and may be sharded."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -127,15 +128,15 @@ def test_the_best_state_is_kept_and_not_the_last(pico, corpus, child, tmp_path, 
 
 def test_a_second_phase_goes_on_from_the_first_also_after_a_kill(pico, corpus, tmp_path, monkeypatch):
     second = {"seq_len": 256, "batch_size": 1, "train_tokens": 1024, "lr": 2e-4}
-    settings = replace(SETTINGS, train_tokens=2048, save_every_steps=4, phases=[second])
+    settings = replace(SETTINGS, train_tokens=1024, save_every_steps=2, phases=[second])
     fresh = lambda: make_child(pico, architecture("no_op w80", *["kv1 w80"] * 3), variants(pico, tmp_path))  # noqa: E731
     curve = gkd.heal(pico, whole := fresh(), corpus, settings, 0, tmp_path / "whole")
-    assert [row["step"] for row in gkd.training_rows(curve)] == list(range(1, 13)) and curve[-1]["learning_rate"] < 2e-4
+    assert [row["step"] for row in gkd.training_rows(curve)] == list(range(1, 9)) and curve[-1]["learning_rate"] < 2e-4
     step, taken = gkd.Distiller.training_step, []
 
     def killed(self, *args, **kwargs):
         taken.append(self.args.output_dir)
-        if len(taken) == 11:
+        if len(taken) == 8:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
@@ -145,6 +146,16 @@ def test_a_second_phase_goes_on_from_the_first_also_after_a_kill(pico, corpus, t
     resumed = fresh()
     assert gkd.heal(pico, resumed, corpus, settings, 0, tmp_path / "work") == curve
     assert all(p.equal(q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_the_parent_may_run_in_a_lower_precision_and_is_left_as_it_was(pico, corpus, child, tmp_path):
+    before = {name: p.clone() for name, p in pico.model.named_parameters()}
+    settings = replace(SETTINGS, train_tokens=256, parent_dtype="bfloat16", eval_tokens=0, save_every_steps=None)
+    low = gkd.heal(pico, copy.deepcopy(child), corpus, settings, 0, tmp_path / "low")
+    own = gkd.heal(pico, child, corpus, replace(settings, parent_dtype=None), 0, tmp_path / "own")
+    assert low[0]["kl"] == pytest.approx(own[0]["kl"], rel=0.05) and low[0]["kl"] != pytest.approx(own[0]["kl"], rel=1e-5)
+    assert all(p.equal(before[name]) and p.dtype == torch.float32 for name, p in pico.model.named_parameters())
+    assert not list(tmp_path.glob("*/phase/checkpoint-*"))
 
 
 def test_dropout_is_off(corpus, tmp_path):
@@ -197,11 +208,11 @@ def heal_in_shards(mine, pico, corpus, settings, folder) -> None:
 
 def test_two_processes_in_shards_do_what_one_does(pico, corpus, child, tmp_path):
     save_child(child, pico.tokenizer, tmp_path / "child")
-    settings = replace(SETTINGS, train_tokens=2048, eval_every_steps=4, save_every_steps=4, shard=True)
+    settings = replace(SETTINGS, train_tokens=1536, eval_every_steps=4, save_every_steps=4, shard=True)
     in_two_processes(heal_in_shards, pico, corpus, settings, tmp_path)
     curve, weights = torch.load(tmp_path / "two.pt")
     alone = gkd.heal(pico, child, corpus, settings, 0, tmp_path / "one")
-    assert len(curve) == len(alone) == 11
+    assert len(curve) == len(alone) == 9
     for two, one in zip(curve, alone, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     for name, value in child.state_dict().items():
