@@ -1,85 +1,32 @@
 """Costs: what each variant takes on given hardware, as a table; what was measured before under the same conditions is not again.
 
-A variant's time is found in place: in every layer of the whole model, a turn of it against a turn of the parent. What it saves is
-the median of the turns' ratios, a layer's share of it; what no_op saves is what the parent's subblock costs. So overhead and
-memory traffic are those of real use, drift of the machine cancels, and the parent's predicted total is its measured time.
-
-    gain(v)   = (1 - median over turns of t_v / t_parent) * t_parent / layers
-    cost(v)   = gain(no_op) - gain(v)            the parent's gain is 0
-    outside   = t_parent - layers * (cost of the parent's attention + cost of its FFN)
-
-A difference that noise pushes below 0 is written as 0, with its spread: half the interquartile range of the turns, of differences
-the root of the sum of squares.
+A variant's time is found in place (`Torch`): in every layer of the whole model, in turn with the parent. So overhead and memory
+traffic are those of real use, and the parent's predicted total is its measured time.
 """
-import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 
-import numpy as np
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from puzzle_core.files import fingerprint
+from puzzle_core.llama_cpp import LlamaCpp
 from puzzle_core.parents import Parent
 from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, swapped
+from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, in_turn, times_of
 
 VERSION = 1  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
-TIMES = ("prefill_ms", "decode_ms")
-BASE = [*((s, v) for s in SUBBLOCKS for v in (PARENT, NO_OP)), (OUTSIDE, PARENT)]  # what the others are measured against
-Option = tuple[str, Variant]
-Costs = dict[str, tuple[float, float]]  # metric: value and spread
-
-
-@dataclass(frozen=True)
-class Turns:
-    """The parent's and another model's times, turn by turn."""
-
-    parent: list[dict[str, float]]
-    other: list[dict[str, float]]
-
-    def saved(self, metric: str) -> tuple[float, float]:
-        """What the other saves, as a share of the parent's time: the median of the turns, and half their interquartile range."""
-        ratios = [other[metric] / parent[metric] for parent, other in zip(self.parent, self.other, strict=True)]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        return 1 - float(middle), float(high - low) / 2
-
-
-def base_times(turns: Mapping[str, Turns], num_layers: int) -> dict[Option, Costs]:
-    """Times of the parent's subblocks, of none, and of what is outside, from the `turns` of no_op in each subblock."""
-    costs: dict[Option, Costs] = {option: {} for option in BASE}
-    for metric in TIMES:
-        total = statistics.median(turn[metric] for some in turns.values() for turn in some.parent)
-        outside, spread = total, 0.0
-        for subblock, some in turns.items():
-            saved, saved_spread = (total / num_layers * share for share in some.saved(metric))
-            costs[subblock, PARENT][metric] = max(0.0, saved), saved_spread
-            costs[subblock, NO_OP][metric] = 0.0, saved_spread
-            outside, spread = outside - num_layers * costs[subblock, PARENT][metric][0], math.hypot(spread, num_layers * saved_spread)
-        costs[OUTSIDE, PARENT][metric] = max(0.0, outside), spread
-    return costs
-
-
-def times_of(turns: Turns, subblock: str, base: Mapping[Option, Costs], num_layers: int) -> Costs:
-    """Times of a variant of `subblock`, from its `turns` and the `base` rows."""
-    costs = {}
-    for metric in TIMES:
-        total = base[OUTSIDE, PARENT][metric][0] + num_layers * sum(base[s, PARENT][metric][0] for s in SUBBLOCKS)
-        saved, spread = (total / num_layers * share for share in turns.saved(metric))
-        whole, whole_spread = base[subblock, PARENT][metric]
-        costs[metric] = max(0.0, whole - saved), math.hypot(spread, whole_spread)
-    return costs
-
-
 @contextmanager
 def _everywhere(parent: Parent, subblock: str, modules: list[nn.Module]) -> Iterator[PreTrainedModel]:
     with ExitStack() as stack:
@@ -120,6 +67,10 @@ class Torch:
         """All besides place, parent, variant and workload that determines a cost."""
         return [*(version(name) for name in ("torch", "transformers")), self.repeats, self.warmup, self.decode_contexts, self.decode_steps]
 
+    def refused(self, subblock: str, variant: Variant) -> str | None:
+        """Why this option has no costs; None if it has."""
+        return None
+
     def measure(
         self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
     ) -> Iterator[tuple[Option, Costs]]:
@@ -133,7 +84,7 @@ class Torch:
 
         if base is None:
             none = {s: self._turns(parent, session, scenario, s, NO_OP) for s in SUBBLOCKS}
-            base, held = base_times({s: turns for s, (turns, _, _) in none.items()}, num_layers), session.kv_bytes()
+            base, held = base_times({s: turns for s, (turns, _, _) in none.items()}, num_layers, num_layers), session.kv_bytes()
             counts = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
             for subblock, (_, count, kv_bytes) in none.items():
                 base[subblock, PARENT] |= sizes(counts[subblock], held if subblock == ATTENTION else 0)
@@ -144,7 +95,7 @@ class Torch:
             if (subblock, variant) not in BASE:
                 turns, count, kv_bytes = self._turns(parent, session, scenario, subblock, variant)
                 sized = sizes(count, kv_bytes if subblock == ATTENTION else 0)
-                yield (subblock, variant), times_of(turns, subblock, base, num_layers) | sized
+                yield (subblock, variant), times_of(turns, subblock, base, num_layers, num_layers) | sized
 
     def _turns(
         self, parent: Parent, session: Eager | Static, scenario: Scenario, subblock: str, variant: Variant
@@ -152,14 +103,11 @@ class Torch:
         """The turns of a variant in every layer, the parameters of one, and the bytes of the KV cache."""
         modules = [_random(build_subblock(parent, layer, subblock, variant)) for layer in range(len(parent.layers))]
         other = served(partial(_everywhere, parent, subblock, modules), scenario, pick_serving(self.serving, parent.device))
-        turns = Turns([], [])
-        for turn in range(self.warmup + self.repeats):
-            pair = [(session, turns.parent), (other, turns.other)]
-            for one, times in pair if turn % 2 else pair[::-1]:  # there and back, so that drift within a turn cancels too
-                time = {"prefill_ms": one.prefill(), "decode_ms": self._decode_ms(one, scenario)}
-                if turn >= self.warmup:
-                    times.append(time)
+        turns = in_turn(*(partial(self._times, one, scenario) for one in (session, other)), self.repeats, self.warmup)
         return turns, num_params(parent, 0, subblock, modules[0]), other.kv_bytes()
+
+    def _times(self, session: Eager | Static, scenario: Scenario) -> dict[str, float]:
+        return {"prefill_ms": session.prefill(), "decode_ms": self._decode_ms(session, scenario)}
 
     def _decode_ms(self, session: Eager | Static, scenario: Scenario) -> float:
         """Of a token, on the average of the context lengths: at each the median."""
@@ -173,8 +121,8 @@ class Torch:
         return statistics.mean(medians)
 
 
-Backend = Torch | Roofline
-BACKENDS = {"torch": Torch, "roofline": Roofline}
+Backend = Torch | LlamaCpp | Roofline
+BACKENDS = {"torch": Torch, "llama_cpp": LlamaCpp, "roofline": Roofline}
 
 
 def backend(preset: Mapping[str, object]) -> Backend:
@@ -213,6 +161,10 @@ def profile(
     """
     where, rows, num_made = backend.place(parent), {}, 0
     options = list(dict.fromkeys([*BASE, *((s, v) for s in SUBBLOCKS for v in space[s])]))
+    reasons = {option: reason for option in options if (reason := backend.refused(*option))}
+    for (subblock, variant), reason in reasons.items():
+        print(f"no costs of {subblock} {variant}: {reason}; `search.export_target` leaves such variants out", file=sys.stderr)
+    options = [option for option in options if option not in reasons]
     told = fingerprint(VERSION, where, backend.conditions(parent), _geometry(parent))
     done = dict(list(known.groupby("fingerprint")))
     for scenario in scenarios:

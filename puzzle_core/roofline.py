@@ -13,9 +13,9 @@ from puzzle_core.modeling_puzzle import window_of
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, LINEAR, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params
+from puzzle_core.turns import Costs, Option
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-Costs = dict[str, tuple[float, float]]  # metric: value and spread, which is 0
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,13 @@ class Roofline:
         """All besides place, parent, variant and workload that determines a cost."""
         return [self.peak_tflops[self.dtype], self.memory_gb_per_s, self.link_gb_per_s]
 
+    def refused(self, subblock: str, variant: Variant) -> str | None:
+        """Why this option has no costs; None if it has."""
+        return None
+
     def measure(
-        self, parent: Parent, scenario: Scenario, options: list[tuple[str, Variant]], base: object
-    ) -> Iterator[tuple[tuple[str, Variant], Costs]]:
+        self, parent: Parent, scenario: Scenario, options: list[Option], base: object
+    ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`; those of the base, which the measured backends need, are computed like the rest."""
         config, num_layers = parent.model.config, len(parent.layers)
         whole = sum(p.numel() for p in parent.model.parameters())

@@ -1,12 +1,14 @@
 """Costs: what is measured, how differences become a table, and when a measurement is taken over."""
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from conftest import architecture, pico_parent, variants
+from test_export import bpe
 
-from puzzle_core import costs, plots, serving, tables
+from puzzle_core import costs, plots, serving, tables, turns
 from puzzle_core.children import make_child
 from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Workload
 from puzzle_core.subblocks import resolve_space
@@ -45,15 +47,15 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
     }
     layers, slower = 4, (1.0, 3.0, 1.5)  # the machine is three times as slow in one turn
 
-    def turns(**replaced):
+    def timed(**replaced):
         def total(metric, subblocks):
             return truth[metric]["outside"] + layers * sum(truth[metric].get(name, 0.0) for name in subblocks.values())
 
         parent, other = {s: s for s in SUBBLOCKS}, {**{s: s for s in SUBBLOCKS}, **replaced}
-        return costs.Turns(*([{m: f * total(m, some) for m in truth} for f in slower] for some in (parent, other)))
+        return turns.Turns(*([{m: f * total(m, some) for m in truth} for f in slower] for some in (parent, other)))
 
-    base = costs.base_times({s: turns(**{s: "nothing"}) for s in SUBBLOCKS}, layers)
-    found = costs.times_of(turns(ffn="w"), FFN, base, layers)
+    base = turns.base_times({s: timed(**{s: "nothing"}) for s in SUBBLOCKS}, layers, layers)
+    found = turns.times_of(timed(ffn="w"), FFN, base, layers, layers)
     for metric, expected in truth.items():
         scale = 1.5  # the median of the parent's turns
         assert base[ATTENTION, PARENT][metric][0] == pytest.approx(scale * expected[ATTENTION])
@@ -211,3 +213,19 @@ def test_predicted_against_realised_is_drawn_where_both_are_known(tmp_path):
         plots.predicted_picture(a_solution("here"), {"parent": {**known, "kl": 0.0}, "child": known}, tmp_path / "picture.png")
         drawn.append((tmp_path / "picture.png").read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in drawn) and drawn[0] != drawn[1]
+
+
+def test_llama_cpp_is_timed_with_what_it_can_load(capsys):
+    parent = replace(pico_parent(head_dim=32, num_hidden_layers=6), tokenizer=bpe())
+    space = space_of(parent, attention=("kv1", "linear", "no_op"))
+    backend = costs.backend({"backend": "llama_cpp", "num_layers": 3, "repeats": 1, "warmup": 0})
+    table, made = profile(parent, space, Scenario(1, 16, 4), backend=backend)
+    value = table.set_index(["subblock", "variant", "metric"]).value
+    assert "no costs of attention linear: gguf has no form for it" in capsys.readouterr().err
+    assert ("attention", "linear", "decode_ms") not in value.index and made == 7 and "llama.cpp" in table.hardware[0]
+    blocks = 6 * sum(value[s, "parent", "num_params"] for s in SUBBLOCKS)
+    assert value["outside", "parent", "num_params"] + blocks == sum(p.numel() for p in parent.model.parameters())
+    assert value["attention", "parent", "kv_bytes_per_token"] == 2 * 2 * 32 * 2 == 2 * value["attention", "kv1", "kv_bytes_per_token"]
+    assert (value.xs("decode_ms", level="metric") > 0).any()
+    with pytest.raises(ValueError, match="times one sequence at a time"):
+        profile(parent, space, SCENARIO, backend=backend)

@@ -1,0 +1,143 @@
+"""Costs in llama.cpp, on the CPU: shallow models with a variant in all layers but the first, exported and served in turn.
+
+llama.cpp takes the head size from layer 0, so that keeps its attention; the others differ from the parent's by the variant, whose
+cost is their difference. Weights are random: only their sizes matter to the time.
+"""
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from puzzle_core import export_gguf
+from puzzle_core.children import make_child, save_child
+from puzzle_core.export import SavedChild
+from puzzle_core.families import family_for
+from puzzle_core.parents import Parent
+from puzzle_core.serving import hardware_name
+from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
+from puzzle_core.subblocks import build_subblock, num_params
+from puzzle_core.targets import why_not
+from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, in_turn, times_of
+
+ITEMSIZE = 2  # of weights and KV cache: float16, llama.cpp's default
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Measured in llama.cpp: one preset of conf/hardware/."""
+
+    num_layers: int = 9  # of the models that are exported
+    repeats: int = 5  # turns of each variant's model against the parent's
+    warmup: int = 1  # turns before
+    device: str = "cpu"  # where and how assemble and gkd time the child: in transformers, not in llama.cpp
+    serving: str = "auto"
+    source = "measured"
+
+    def __post_init__(self):
+        for name, least in (("num_layers", 2), ("repeats", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"hardware.{name} is {getattr(self, name)}; expected at least {least}")
+
+    def place(self, parent: Parent) -> str:
+        """What the costs are true of, in words."""
+        return f"{hardware_name(torch.device('cpu'))}, llama.cpp, float16"
+
+    def conditions(self, parent: Parent) -> list:
+        """All besides place, parent, variant and workload that determines a cost."""
+        return [version("xllamacpp"), self.num_layers, self.repeats, self.warmup]
+
+    def refused(self, subblock: str, variant: Variant) -> str | None:
+        """Why this option has no costs; None if it has."""
+        return None if subblock == OUTSIDE else why_not(export_gguf.TARGET, 1, subblock, variant)
+
+    def measure(
+        self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
+    ) -> Iterator[tuple[Option, Costs]]:
+        """The costs of each of `options`, and first those of the base if there is none. ValueError for more than one sequence at once."""
+        if scenario.batch_size != 1:
+            raise ValueError(f"workload {scenario}: backend llama_cpp times one sequence at a time; set batch_size: 1 in conf/workload/")
+        changed, whole = self.num_layers - 1, sum(p.numel() for p in parent.model.parameters())
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            shallow, work = _shallow(parent, self.num_layers), Path(folder)
+            of_parent = _served(shallow, Architecture.uniform(self.num_layers), scenario, work)
+
+            def turns(subblock: str, variant: Variant) -> Turns:
+                pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
+                architecture = Architecture(((PARENT, PARENT), *[pair] * changed))
+                return in_turn(of_parent, _served(shallow, architecture, scenario, work), self.repeats, self.warmup)
+
+            if base is None:
+                base = base_times({s: turns(s, NO_OP) for s in SUBBLOCKS}, self.num_layers, changed)
+                for subblock, variant in BASE:
+                    base[subblock, variant] |= _sizes(parent, subblock, variant, whole)
+                yield from base.items()
+            for subblock, variant in options:
+                if (subblock, variant) not in BASE:
+                    times = times_of(turns(subblock, variant), subblock, base, self.num_layers, changed)
+                    yield (subblock, variant), times | _sizes(parent, subblock, variant, whole)
+
+
+def _shallow(parent: Parent, num_layers: int) -> Parent:
+    """A parent like `parent`, with random weights and fewer layers."""
+    config = type(parent.model.config).from_dict(parent.model.config.to_dict())
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    return replace(parent, model=model, family=family_for(config), shards=None)
+
+
+def _served(shallow: Parent, architecture: Architecture, scenario: Scenario, work: Path) -> Callable[[], dict[str, float]]:
+    """What times one request to llama.cpp with a child of that architecture."""
+    import xllamacpp  # an extra: `pip install 'puzzle[llama]'`
+
+    def random_weights(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
+        path, module = work / f"{subblock}-{variant}.safetensors", build_subblock(shallow, layer, subblock, variant)
+        if not path.exists():
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.02)
+            save_file(module.state_dict(), path)
+        return path, ""
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        save_child(make_child(shallow, architecture, random_weights), shallow.tokenizer, Path(folder) / "child")
+        path = Path(tempfile.mkdtemp(dir=work)) / "child.gguf"
+        export_gguf.write(SavedChild.read(Path(folder) / "child"), path, "float16")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), scenario.sequence_len + 8, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    os.unlink(path)  # it is mapped
+    return partial(_request, server, scenario, shallow.model.config.vocab_size)
+
+
+def _request(server, scenario: Scenario, vocab_size: int) -> dict[str, float]:
+    prompt = torch.randint(1, vocab_size, (scenario.prompt_len,), generator=torch.Generator().manual_seed(0)).tolist()
+    options = {"n_predict": scenario.generation_len, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    timings = server.handle_completions({"prompt": prompt, **options})["timings"]
+    if (timings["prompt_n"], timings["predicted_n"]) != (scenario.prompt_len, scenario.generation_len):
+        raise ValueError(f"llama.cpp read {timings['prompt_n']} and wrote {timings['predicted_n']} tokens, not those of {scenario}")
+    return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_per_token_ms"]}
+
+
+def _sizes(parent: Parent, subblock: str, variant: Variant, whole: int) -> Costs:
+    """Parameters, their bytes and those of a token in the KV cache, of the real parent, as llama.cpp holds them."""
+    own = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
+    count, kv_bytes = whole - len(parent.layers) * sum(own.values()), 0
+    if subblock != OUTSIDE:
+        module = parent.module(0, subblock) if variant == PARENT else build_subblock(parent, 0, subblock, variant)
+        count = num_params(parent, 0, subblock, module)
+    if subblock == ATTENTION and variant != NO_OP:
+        config = parent.model.config
+        heads = variant.size if variant.kind == "kv" else parent.family.whole_size("kv", config)
+        kv_bytes = 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * ITEMSIZE
+    values = {"num_params": count, "param_bytes": count * ITEMSIZE, "kv_bytes_per_token": kv_bytes}
+    return {metric: (float(value), 0.0) for metric, value in values.items()}
