@@ -1,7 +1,7 @@
 """What each way to begin a variant is worth: its score on the embedded parent, untrained, with the ridge refit and without.
 
     python -m benchmarks.initialisation                                          # every layer: for a GPU
-    python -m benchmarks.initialisation --layers 4 12 20 --score-tokens 512      # a quarter of an hour on a core
+    python -m benchmarks.initialisation --layers 4 12 20 --ffn w768 w384 linear --score-tokens 512     # minutes on a core
 
 Makes a library for each choice of `bld.channels` and `bld.kv_heads`, no gradient step in it, scores it, and writes the median
 KL over the layers into docs/library.md.
@@ -45,7 +45,7 @@ def main() -> None:
     arguments.add_argument("--attention", nargs="*", default=["kv1", "linear"])
     arguments.add_argument("--ffn", nargs="*", default=["w1152", "w768", "w384", "linear"])
     arguments.add_argument("--seq-len", type=int, default=256)
-    arguments.add_argument("--batch-size", type=int, default=4)
+    arguments.add_argument("--batch-size", type=int, default=2)
     arguments.add_argument("--calibration-tokens", type=int, default=8192)
     arguments.add_argument("--score-tokens", type=int, default=16384)
     options = arguments.parse_args()
@@ -72,14 +72,14 @@ def main() -> None:
         for row, of_row in zip(library.itertuples(), scores.itertuples(), strict=True):
             if row.variant != "parent":
                 named = {"layer": row.layer, "variant": f"{row.subblock} {row.variant}", "init": row.begun, "refit": refit}
-                rows.append({**named, "mse": row.loss_after, "kl": of_row.value})
+                rows.append({**named, "mse": row.loss_after, "kl": of_row.value, "num_tokens": of_row.num_tokens})
         print(f"{channels}, {kv_heads}, {'ridge' if refit else 'no refit'}: {now(device) - start:.0f} s", flush=True)
     found = pd.DataFrame(rows)
     text = table(found)
     asked = {**vars(options), "layers": layers, "strengths": STRENGTHS, "threads": torch.get_num_threads()}
     write_results("initialisation", {"asked": asked, "seconds": now(device) - start, "rows": rows}, device)
     which = "all layers" if options.layers is None else f"layers {', '.join(map(str, layers))}"
-    budgets = f"{options.calibration_tokens:,} calibration tokens, KL on {options.score_tokens:,} held-out ones"
+    budgets = f"{options.calibration_tokens:,} calibration tokens, KL on {rows[0]['num_tokens']:,} held-out ones"
     caption = f"Median over {which} of smollm2-135m; {budgets}."
     write_into("docs/library.md", "initialisation", f"{text}\n\n{caption}")
     print(f"{text}\n\n{caption}")

@@ -16,7 +16,7 @@ from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
 from puzzle_core.plan import Plan, plan, work
 from puzzle_core.ranks import ALONE, Ranks
-from puzzle_core.spec import Variant
+from puzzle_core.spec import Joint, Variant
 from puzzle_core.subblocks import variant_row
 from puzzle_core.trace import ParentRun
 from puzzle_core.trainees import Job
@@ -25,17 +25,21 @@ from puzzle_core.windows import Settings, Window, unfinished
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
 
 
-def jobs(parent: Parent, spaces: list[dict[str, list[Variant]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
+def jobs(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
     """Every row of the library, layer by layer, from the variants by subblock of each layer.
 
     A row's fingerprint does not depend on which other rows there are.
     """
 
-    def made_by(*row: object) -> str:
-        return fingerprint(VERSION, seed, settings.determining(row[-1]), parent.identity, corpus.fingerprint, *map(str, row))
+
+    def job(layer: int, subblock: str, variant: Variant | Joint) -> Job:
+        halves = tuple(job(layer, *half) for half in variant.halves) if isinstance(variant, Joint) else ()
+        shared = (VERSION, seed, settings.determining(variant), parent.identity, corpus.fingerprint)
+        begun = [half.fingerprint for half in halves]
+        return Job(layer, subblock, variant, fingerprint(*shared, *begun, layer, subblock, str(variant)), halves)
 
     return [
-        Job(layer, subblock, variant, made_by(layer, subblock, variant))
+        job(layer, subblock, variant)
         for layer, space in enumerate(spaces)
         for subblock, variants in space.items()
         for variant in variants
@@ -54,10 +58,8 @@ def train_library(
     rows = {job: row for job in wanted if (row := _finished(job, blocks)) is not None}
     missing = sorted((job for job in wanted if job not in rows), key=lambda job: job.layer)
     ranks.wait()  # all know the same rows before anyone makes more
-    tried = len(settings.ridge or [])
-    mine = ranks.mine_in_order(*work(parent, _variants(missing), settings.budgets, settings.seq_len, tried, settings.target))
-    made = _make(parent, [missing[i] for i in mine], corpus, settings, seed, blocks, show=ranks.first) if mine else {}
-    rows |= dict(ranks.gather(list(made.items())))
+    for some in ([job for job in missing if not job.halves], [job for job in missing if job.halves]):  # blocks need their halves
+        rows |= _shared(parent, some, corpus, settings, seed, blocks, ranks)
     if ranks.first:
         for stray in {p.name for p in blocks.iterdir()} - {job.file_name for job in wanted}:
             (blocks / stray).unlink()
@@ -66,7 +68,17 @@ def train_library(
     return pd.DataFrame([rows[job] for job in wanted]), len(missing)
 
 
-def _variants(some: list[Job]) -> list[tuple[int, str, Variant]]:
+def _shared(
+    parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, ranks: Ranks
+) -> dict[Job, dict]:
+    """Make this rank's share of the missing variants; the rows of all, once every rank has made its own."""
+    shares = work(parent, _variants(missing), settings.budgets, settings.seq_len, len(settings.ridge or []), settings.target)
+    mine = [missing[i] for i in ranks.mine_in_order(*shares)]
+    made = _make(parent, mine, corpus, settings, seed, blocks, show=ranks.first) if mine else {}
+    return dict(ranks.gather(list(made.items())))
+
+
+def _variants(some: list[Job]) -> list[tuple[int, str, Variant | Joint]]:
     return [(job.layer, job.subblock, job.variant) for job in some]
 
 
@@ -82,6 +94,7 @@ def planned(parent: Parent, missing: list[Job], settings: Settings) -> Plan:
         ridge=settings.ridge is not None,
         compiled=settings.compile,
         target=settings.target,
+        channels=settings.channels,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, parse_variant
+from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
 from puzzle_core.tables import SCHEMAS
 
 BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token")
@@ -95,7 +95,7 @@ def _cells(name: str, table: pd.DataFrame) -> Iterator[str]:
     for column in table.select_dtypes("number"):
         yield from where(~np.isfinite(table[column]), f"has a {column} that is no finite number", "measure it again or drop the row")
     if name == "scores":
-        parent = table["variant"].isin([str(PARENT), str(Joint(PARENT, PARENT))])
+        parent = table["variant"].map(is_parent).astype(bool)
         scored = parent & (table["value"] != 0) & np.isfinite(table["value"])
         yield from where(scored, "gives the parent a score", "it is 0 exactly: subtract the parent's from all")
         yield from where(table["num_tokens"] < 1, "was scored on no tokens", "say on how many it was")
@@ -152,12 +152,18 @@ def _parents(scores: pd.DataFrame) -> Iterator[str]:
 
 
 def _costs_of_scores(scores: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
-    """Each scored option has each metric that any row has, in each scenario, of its layer or of all."""
+    """Each scored option has each metric that any row has, in each scenario, of its layer or of all; a block may have its halves'."""
     layers = costs["layer"] if "layer" in costs else pd.Series(-1, index=costs.index)
     options = sorted(set(scores[["layer", "subblock", "variant"]].itertuples(index=False, name=None)))
     for (scenario, metric), rows in costs.groupby(["scenario", "metric"]):
         there = set(zip(layers[rows.index], rows["subblock"], rows["variant"], strict=True))
-        lacking = dict.fromkeys((s, v) for n, s, v in options if (n, s, v) not in there and (-1, s, v) not in there)
+
+        def costs_something(layer: int, subblock: str, variant: str, there: set = there) -> bool:
+            of_halves = halves(subblock, parse_variant(subblock, variant))
+            either = (layer, subblock, variant) in there or (-1, subblock, variant) in there
+            return either or (subblock == BLOCK and all(costs_something(layer, s, str(v)) for s, v in of_halves))
+
+        lacking = dict.fromkeys((s, v) for n, s, v in options if not costs_something(n, s, v))
         if lacking:
             have = "have" if len(lacking) > 1 else "has"
             yield f"costs: {_some(lacking)} {have} a score but no {metric} in scenario {scenario}; add it, 0 if it costs none"
@@ -183,7 +189,6 @@ def _scenarios(costs: pd.DataFrame) -> Iterator[str]:
 def _library(scores: pd.DataFrame, library: pd.DataFrame) -> Iterator[str]:
     key = ["layer", "subblock", "variant"]
     scored, made = (set(table[key].itertuples(index=False, name=None)) for table in (scores, library))
-    weightless = {"parent", "no_op", "parent+parent", "no_op+no_op"}
-    if lacking := sorted(row for row in scored - made if row[2] not in weightless):
+    if lacking := sorted(row for row in scored - made if not set(row[2].split("+")) <= {"parent", "no_op"}):
         are = "are" if len(lacking) > 1 else "is"
         yield f"library: {_some(lacking)} {are} scored but not in the library; a child with it could not be assembled"

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_core import modeling_puzzle
 from puzzle_core.families import Family
 from puzzle_core.files import atomic
 from puzzle_core.parents import Parent, damage_named
-from puzzle_core.spec import NO_OP, PARENT, Architecture, Variant
+from puzzle_core.spec import BLOCK, NO_OP, PARENT, Architecture, Joint, Variant, halves
 from puzzle_core.subblocks import changes, load_weights, puzzle_section, unset_weights
 
 
@@ -33,7 +33,9 @@ def per_layer_config(family: Family, architecture: Architecture) -> dict[int, di
 
 
 @torch.no_grad()
-def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[[int, str, Variant], tuple[Path, str]]) -> PreTrainedModel:
+def make_child(
+    parent: Parent, architecture: Architecture, weights_of: Callable[[int, str, Variant | Joint], tuple[Path, str]]
+) -> PreTrainedModel:
     """The child: the parent's tensors, with the chosen variants' from the files (and fingerprints) that `weights_of` names."""
     overrides = per_layer_config(parent.family, architecture)
     config = type(parent.model.config).from_dict(parent.model.config.to_dict())
@@ -53,10 +55,14 @@ def make_child(parent: Parent, architecture: Architecture, weights_of: Callable[
     family_layers = child.get_submodule(parent.family.layers)
     own = child.state_dict()
     child.load_state_dict({k: v for k, v in parent.model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
-    for layer, subblock, variant in architecture.items():
-        if variant not in (PARENT, NO_OP):
-            module = modeling_puzzle.get_subblock(family_layers[layer], parent.family.subblock(subblock).modules)
-            load_weights(module, *weights_of(layer, subblock, variant))
+    for layer, subblock, variant in architecture.rows():
+        own = {
+            half: modeling_puzzle.get_subblock(family_layers[layer], parent.family.subblock(half).modules)
+            for half, of_half in halves(subblock, variant)
+            if of_half not in (PARENT, NO_OP)
+        }
+        if own:
+            load_weights(nn.ModuleDict(own) if subblock == BLOCK else own[subblock], *weights_of(layer, subblock, variant))
     child.generation_config = parent.model.generation_config
     return child.eval()
 

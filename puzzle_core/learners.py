@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from puzzle_core.families import Ffn
 from puzzle_core.parents import Parent
-from puzzle_core.spec import FFN, LINEAR, NO_OP, PARENT, Variant
+from puzzle_core.spec import FFN, LINEAR, NO_OP, PARENT, Joint, Variant
 from puzzle_core.subblocks import build_subblock
 from puzzle_core.trace import Call, first
 
@@ -26,8 +26,13 @@ def normalised_mse(child: Tensor, parent: Tensor, per: str = "tensor") -> Tensor
     return error.mean() / size.mean()
 
 
-def is_trained(variant: Variant, closed_form: bool) -> bool:
-    """Whether gradients have anything to do: not for the parent and no_op, nor for linear where the refit is its optimum already."""
+def is_trained(variant: Variant | Joint, closed_form: bool) -> bool:
+    """Whether gradients have anything to do: not for the parent and no_op, nor for linear where the refit is its optimum already.
+
+    In a joint block linear has something to learn, too: to go with the other half.
+    """
+    if isinstance(variant, Joint):
+        return any(is_trained(half, closed_form=False) for _, half in variant.halves)
     return variant not in (PARENT, NO_OP) and not (closed_form and variant == LINEAR)
 
 

@@ -11,7 +11,7 @@ import torch
 from puzzle_core.learners import is_trained
 from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, PARENT, Variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant
 from puzzle_core.subblocks import build_subblock
 
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
@@ -78,7 +78,7 @@ class _Layer:
     flops: float
     kept: int  # values of a token that forward leaves for backward
     step_bytes: int  # of the learner that takes most: activations and their gradients
-    refit_bytes: int  # of the variant that takes most
+    closed_form_bytes: int  # while channels are chosen, or of the variant whose refit takes most
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,14 @@ class _Shape:
         batch = self.tokens * max(4 * last_inputs * self.itemsize, last_inputs * (self.itemsize + 4) + 4 * self.hidden)
         return max(batch + 2 * square + 2 * cross + square // 2, 5 * square + 7 * cross)
 
+    def pruning_bytes(self, channels: str, num_channels: int) -> int:
+        """Products of all pairs of channels: their sum, and twice as much beside it at the fullest moment."""
+        return 3 * 4 * num_channels**2 * (channels == "iterative")
 
-def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant]], shape: _Shape, ridge: bool) -> _Layer:
-    made = [(s, v, costs_of(s, v)) for s, v in wanted if v not in (PARENT, NO_OP)]
+
+def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], shape: _Shape, ridge: bool, channels: str) -> _Layer:
+    made = [(s, v, costs_of(s, v)) for s, v in wanted if s != BLOCK and v not in (PARENT, NO_OP)]
+    refits = [shape.refit_bytes(c.last_inputs) for _, _, c in made if c.last_inputs] if ridge else []
     trained = [(s, v, c) for s, v, c in made if is_trained(v, ridge)]
     together = [c for _, v, c in trained if v.kind == "w" and not shape.block_target]
     learners = [(FFN, together)] if together else []
@@ -127,19 +132,27 @@ def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant]], shape: _
     flops = sum(c.training_flops for _, _, c in trained)
     if shape.block_target:
         flops += sum(2 * own[FFN].forward_flops if s == ATTENTION else own[ATTENTION].forward_flops for s, _, _ in trained)
+    for joint in [v for s, v in wanted if s == BLOCK and is_trained(v, ridge)]:
+        halves = [(s, v, costs_of(s, v)) for s, v in joint.halves]
+        steps.append(sum(shape.step_bytes(c.inner, c.last_inputs, 1, s) for s, _, c in halves))
+        own_halves = [(s, v, c) for s, v, c in halves if v not in (PARENT, NO_OP)]
+        made, trained = made + own_halves, trained + own_halves
+        flops += sum(c.training_flops if v not in (PARENT, NO_OP) else c.forward_flops for _, v, c in halves)
+        flops += halves[1][2].forward_flops * (joint.attention not in (PARENT, NO_OP))  # the gradient comes down through the FFN
+    pruning = shape.pruning_bytes(channels, own[FFN].last_inputs)
     return _Layer(
         params=sum(c.params for _, _, c in trained),
         shell_params=sum(c.params for _, _, c in made),
         flops=flops,
         kept=sum(c.inner for _, _, c in trained),
         step_bytes=max(steps, default=0),
-        refit_bytes=max((shape.refit_bytes(c.last_inputs) for _, _, c in made if c.last_inputs), default=0) if ridge else 0,
+        closed_form_bytes=max(pruning, pruning // 3 + max(refits, default=0)),
     )
 
 
 def plan(
     parent: Parent,
-    wanted: list[tuple[int, str, Variant]],
+    wanted: list[tuple[int, str, Variant | Joint]],
     budgets: dict[str, int],
     seq_len: int,
     batch_size: int,
@@ -147,17 +160,18 @@ def plan(
     ridge: bool = True,
     compiled: bool = False,
     target: str = "subblock",
+    channels: str = "contribution",
 ) -> Plan:
     """Divide the layers of `wanted` (layer, subblock, variant) into windows that fit in `memory_gib` of the parent's device.
 
     `budgets` are tokens for calibration, train and val. None for memory: what the GPU has, no limit on a CPU. `ridge`,
-    `compiled` and `target` as in bld's settings. ValueError if a single layer does not fit.
+    `compiled`, `target` and `channels` as in bld's settings. ValueError if a single layer does not fit.
     """
     itemsize, hidden = parent.model.dtype.itemsize, parent.model.config.get_text_config().hidden_size
     costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, seq_len))
     shape = _Shape(seq_len * batch_size, hidden, itemsize, compiled, target == "block")
     layers = sorted({layer for layer, _, _ in wanted})
-    of_layer = {n: _layer(parent, costs_of, [(s, v) for m, s, v in wanted if m == n], shape, ridge) for n in layers}
+    of_layer = {n: _layer(parent, costs_of, [(s, v) for m, s, v in wanted if m == n], shape, ridge, channels) for n in layers}
     a_batch = shape.tokens * hidden * itemsize  # its hidden states
     num_batches = {use: -(-tokens // shape.tokens) for use, tokens in budgets.items()}
     fixed = num_bytes(parent.model) + (num_batches["calibration"] + 2 * num_batches["val"]) * a_batch
@@ -172,7 +186,7 @@ def plan(
     def peak(window: list[int]) -> int:
         """While the last layer is initialised, the others' variants are there; or while all train, one layer at a time."""
         some = [of_layer[n] for n in window]
-        initialising = max(4 * layer.shell_params + layer.refit_bytes for layer in some) + calls
+        initialising = max(4 * layer.shell_params + layer.closed_form_bytes for layer in some) + calls
         casts = max(layer.params for layer in some) * itemsize * (itemsize < 4)
         training = sum(layer.params for layer in some) * BYTES_PER_TRAINED + casts + max(layer.step_bytes for layer in some) + 9 * a_batch
         return fixed + sum(held[n] for n in window) + max(initialising, training if num_batches["train"] else 0)
@@ -203,7 +217,7 @@ def plan(
 
 def work(
     parent: Parent,
-    wanted: list[tuple[int, str, Variant]],
+    wanted: list[tuple[int, str, Variant | Joint]],
     budgets: dict[str, int],
     seq_len: int,
     num_strengths: int = 0,
@@ -218,12 +232,14 @@ def work(
     seen, slower = budgets["calibration"] + budgets["val"], 15 if parent.model.dtype.itemsize < 4 else 1
 
     @functools.cache
-    def of(subblock: str, variant: Variant) -> float:
+    def of(subblock: str, variant: Variant | Joint) -> float:
         if variant in (PARENT, NO_OP):
             return 0.0
+        training = _layer(parent, costs_of, [(subblock, variant)], shape, num_strengths > 0, "contribution").flops
+        if isinstance(variant, Joint):
+            return budgets["train"] * training + budgets["val"] * sum(costs_of(*half).forward_flops for half in variant.halves)
         costs, n = costs_of(subblock, variant), costs_of(subblock, variant).last_inputs
         refit = 2 * n * (n + shape.hidden) * seen + (num_strengths + 1) * n * n * (n + 2 * shape.hidden) if num_strengths else 0
-        training = _layer(parent, costs_of, [(subblock, variant)], shape, num_strengths > 0).flops
         return budgets["train"] * training + seen * costs.forward_flops + slower * refit
 
     below = sum(costs_of(s, PARENT).forward_flops for s in (ATTENTION, FFN)) * (budgets["train"] + seen)

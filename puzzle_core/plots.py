@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import ATTENTION, FFN, PARENT, SUBBLOCKS, Solution, Variant, by_size
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Solution, Variant, by_size, is_parent
 
 PREDICTED = {"latency_ms": "latency, ms", "throughput_tokens_per_s": "tokens/s", "memory_mib": "memory, MiB", "kl": "KL to the parent"}
-NAMES = {ATTENTION: "attention", FFN: "FFN"}
+NAMES = {ATTENTION: "attention", FFN: "FFN", BLOCK: "block"}
 WIDTH_INCHES, DPI = 9.0, 200  # 9 inches are the 900 pixels of a README; twice the dots for sharp screens
 
 
 def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     """Draw to a PNG what each variant but the parent would cost in quality in each layer."""
-    table = scores[(scores["metric"] == metric) & (scores["variant"] != str(PARENT))]
+    table = scores[(scores["metric"] == metric) & ~scores["variant"].map(is_parent)]
     if table.empty:
         raise ValueError(
             f"no '{metric}' scores of variants to draw; the table has metrics {sorted(set(scores['metric']))}"
@@ -28,6 +28,7 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     table = table.pivot(index=["subblock", "variant"], columns="layer", values="value")
     table = table.reindex(columns=range(table.columns.max() + 1))
     rows = [(s, v) for s in SUBBLOCKS for v in by_size({Variant.parse(v) for at, v in table.index if at == s})]
+    rows += [(BLOCK, joint) for joint in sorted(Joint.parse(v) for at, v in table.index if at == BLOCK)]
     values = table.loc[[(s, str(v)) for s, v in rows]].to_numpy()
     positive = values[values > 0]
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 0.26 * len(rows)), dpi=DPI, layout="constrained")

@@ -163,17 +163,29 @@ class Problem:
         return made(scenario, *(base[metric].to_numpy(float) for metric in metrics))
 
     def _base(self, scenario: str) -> pd.DataFrame:
-        """The metrics of every option, and of what is outside at the end: a layer's own row before the one for all layers."""
+        """The metrics of every option, and of what is outside at the end.
+
+        A layer's own row goes before the one for all layers; a block without a row costs what its halves do.
+        """
         if ("base", scenario) in self._shares:
             return self._shares["base", scenario]
         if scenario not in self.scenarios:
             raise ValueError(f"no scenario '{scenario}' in the costs table, which has: {', '.join(self.scenarios)}")
         costs = self.costs[self.costs["scenario"] == scenario]
         pivot = costs.pivot(index=["layer", "subblock", "variant"], columns="metric", values="value")
-        keys = [(layer, subblock, str(variant)) for layer, subblock, variant in self.options] + [(ALL_LAYERS, OUTSIDE, str(PARENT))]
-        own = pivot.reindex(pd.MultiIndex.from_tuples(keys))
-        general = pivot.reindex(pd.MultiIndex.from_tuples((ALL_LAYERS, *key[1:]) for key in keys))
-        base = own.fillna(general.set_axis(own.index))
+
+        def rows_of(options: list[tuple[int, str, Variant | Joint]]) -> pd.DataFrame:
+            keys = [(layer, subblock, str(variant)) for layer, subblock, variant in options]
+            own = pivot.reindex(pd.MultiIndex.from_tuples(keys, names=pivot.index.names))
+            general = pivot.reindex(pd.MultiIndex.from_tuples((ALL_LAYERS, *key[1:]) for key in keys))
+            return own.fillna(general.set_axis(own.index))
+
+        base = rows_of([*self.options, (ALL_LAYERS, OUTSIDE, PARENT)])
+        if blocks := [option for option in self.options if option[1] == BLOCK]:
+            first, second = (rows_of([(n, s, v) for n, _, joint in blocks for s, v in (joint.halves[half],)]) for half in (0, 1))
+            both = first.to_numpy() + second.to_numpy()
+            at = [row for row, option in enumerate(self.options) if option[1] == BLOCK]
+            base.iloc[at] = np.where(base.iloc[at].isna(), both, base.iloc[at])
         rows = base[base.isna().any(axis=1)].iterrows()
         if lacking := {f"{' '.join(key[1:])} ({', '.join(row.index[row.isna()])})": None for key, row in rows}:
             raise ValueError(

@@ -19,7 +19,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.files import read_json
 from puzzle_core.parents import Parent
 from puzzle_core.quality import Text
-from puzzle_core.spec import NO_OP, PARENT, SUBBLOCKS, Architecture, Solution
+from puzzle_core.spec import NO_OP, Architecture, Solution, is_parent
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_inputs
 
@@ -67,7 +67,7 @@ def _climb(text: Text, architectures: Sequence[Architecture], weights_of: Callab
         hiddens = {(): [layer_inputs(parent, ids, last_layer=0)[0][0] for ids in text.batches]}
     paths: list[tuple] = [()] * len(architectures)  # what each has chosen so far: its key in `hiddens`
     for layer, block in enumerate(tqdm(parent.layers, desc=f"{len(architectures)} architectures", unit="layer", leave=False)):
-        paths = [(path, architecture.layers[layer]) for path, architecture in zip(paths, architectures, strict=True)]
+        paths = [(path, architecture.rows_of(layer)) for path, architecture in zip(paths, architectures, strict=True)]
         leaving, modules = {}, {}
         with parent.present(layer):
             for path in dict.fromkeys(paths):
@@ -86,9 +86,9 @@ def _climb(text: Text, architectures: Sequence[Architecture], weights_of: Callab
 def _swapped(parent: Parent, layer: int, choice: tuple, weights_of: Callable, modules: dict[tuple, nn.Module]) -> Iterator[None]:
     """The parent with `choice` in `layer`; `modules` are those of this layer that were read already."""
     with contextlib.ExitStack() as stack:
-        for row in zip(SUBBLOCKS, choice, strict=True):
+        for row in choice:
             subblock, variant = row
-            if variant == PARENT:
+            if is_parent(str(variant)):
                 continue
             if row not in modules:
                 modules[row] = build_subblock(parent, layer, subblock, variant)

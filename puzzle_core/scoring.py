@@ -22,7 +22,7 @@ from puzzle_core.parents import Parent
 from puzzle_core.quality import Questions, Text
 from puzzle_core.questions import read_questions
 from puzzle_core.ranks import ALONE, Ranks
-from puzzle_core.spec import PARENT, Variant, did_you_mean
+from puzzle_core.spec import did_you_mean, is_parent, parse_variant
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 
@@ -213,7 +213,7 @@ def _score_layers(scorer: Scorer, layers: list[tuple], blocks: Path, settings: S
                 progress.update(len(group))
             measured = iter([values for part in sums for values in scorer.values(part)])
             of_parent = {name: 0.0 for test in scorer.tests for name in test.names}
-            values = [of_parent if row.variant == str(PARENT) else next(measured) for row in rows]
+            values = [of_parent if is_parent(row.variant) else next(measured) for row in rows]
             for row, metrics in zip(rows, values, strict=True):
                 if not all(map(math.isfinite, metrics.values())):
                     raise FloatingPointError(
@@ -227,7 +227,7 @@ def _score_layers(scorer: Scorer, layers: list[tuple], blocks: Path, settings: S
 
 def _groups(rows: list, size: int) -> list[list]:
     """The rows that must be measured, `size` at a time; the parent's are 0 by definition."""
-    measured = [row for row in rows if row.variant != str(PARENT)]
+    measured = [row for row in rows if not is_parent(row.variant)]
     return [measured[at : at + size] for at in range(0, len(measured), size)]
 
 
@@ -242,7 +242,7 @@ def _filled(parent: Parent, groups: list[list], blocks: Path) -> Iterator[list[d
         return [{row.subblock: module} for row, module in zip(group, modules, strict=True)]
 
     def begin(group: list) -> Future:
-        modules = [build_subblock(parent, row.layer, row.subblock, Variant.parse(row.variant)) for row in group]
+        modules = [build_subblock(parent, row.layer, row.subblock, parse_variant(row.subblock, row.variant)) for row in group]
         if stream:  # the memory they were given may still be read by work that is under way
             stream.wait_stream(torch.cuda.current_stream(parent.device))
         return reader.submit(fill, group, modules)

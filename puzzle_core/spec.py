@@ -64,9 +64,24 @@ class Joint:
         return cls(*map(Variant.parse, halves))
 
 
+    @property
+    def halves(self) -> tuple[tuple[str, Variant], ...]:
+        return (ATTENTION, self.attention), (FFN, self.ffn)
+
+
 def parse_variant(subblock: str, text: str) -> Variant | Joint:
     """The variant that `text` names in a table's row of `subblock`."""
     return Joint.parse(text) if subblock == BLOCK else Variant.parse(text)
+
+
+def halves(subblock: str, variant: Variant | Joint) -> tuple[tuple[str, Variant], ...]:
+    """The subblocks that a row of a table speaks of: one, or both of a `block`."""
+    return variant.halves if isinstance(variant, Joint) else ((subblock, variant),)
+
+
+def is_parent(text: str) -> bool:
+    """Whether a row's variant is the parent's own subblock or block."""
+    return text in (str(PARENT), str(Joint(PARENT, PARENT)))
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,14 @@ class Architecture:
 
     def rows(self):
         """The (layer, subblock, variant) of each row of the tables that this is made of; a joint one has subblock `block`."""
-        for layer, pair in enumerate(self.layers):
-            if layer in self.joint:
-                yield layer, BLOCK, Joint(*pair)
-            else:
-                yield from ((layer, subblock, variant) for subblock, variant in zip(SUBBLOCKS, pair, strict=True))
+        for layer in range(len(self.layers)):
+            yield from ((layer, *row) for row in self.rows_of(layer))
+
+    def rows_of(self, layer: int) -> tuple[tuple[str, Variant | Joint], ...]:
+        """The (subblock, variant) of each row that one layer is made of."""
+        if layer in self.joint:
+            return ((BLOCK, Joint(*self.layers[layer])),)
+        return tuple(zip(SUBBLOCKS, self.layers[layer], strict=True))
 
     @classmethod
     def of_rows(cls, rows) -> "Architecture":

@@ -16,17 +16,18 @@ from transformers.modeling_utils import local_torch_dtype
 from puzzle_core import modeling_puzzle
 from puzzle_core.families import SIZED, Family
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Variant, did_you_mean
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Joint, Variant, did_you_mean
 
 _IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}  # our subblocks as per_layer_config's `skip` names them
 
 
-def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> list[dict[str, list[Variant]]]:
+def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> list[dict[str, list[Variant | Joint]]]:
     """The variants that each layer may have of each subblock, the parent first; `w50%` and the like turned into sizes.
 
     `space` is a preset of conf/search_space/: lists of variants by subblock, and under `layers` ("0", "3-5", "1,7-9") the
-    lists that some layers have instead. A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to
-    the next divisor below. A share that comes to the parent's own size is the parent.
+    lists that some layers have instead. A list of `block` may be there too: joint variants of halves that the layer has.
+    A share of the FFN width is rounded to a multiple of 32; a share of the kv heads to the next divisor below. A share
+    that comes to the parent's own size is the parent.
     ValueError for a variant this parent cannot have, and for a layer it has not.
     """
     everywhere = {key: value for key, value in space.items() if key != "layers"}
@@ -43,7 +44,11 @@ def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> lis
                     raise ValueError(f"search_space.layers.{text}.{subblock}: layer {layer} has a list of its own already; give it one")
                 changed.add((layer, subblock))
                 lists[layer][subblock] = f"search_space.layers.{text}.{subblock}, layer {layer}", some
-    return [{s: _resolved(*lists_of[s], s, config, family) for s in SUBBLOCKS} for lists_of in lists]
+    resolved = [{s: _resolved(*of_layer[s], s, config, family) for s in SUBBLOCKS} for of_layer in lists]
+    for of_layer, variants in zip(lists, resolved, strict=True):
+        if of_layer.get(BLOCK, ("", []))[1]:
+            variants[BLOCK] = _resolved_blocks(*of_layer[BLOCK], variants, config, family)
+    return resolved
 
 
 def resolve_space(space: dict, config: PreTrainedConfig, family: Family) -> dict[str, list[Variant]]:
@@ -53,8 +58,9 @@ def resolve_space(space: dict, config: PreTrainedConfig, family: Family) -> dict
 
 
 def _check_subblocks(where: str, lists: dict) -> None:
-    for key in lists.keys() - set(SUBBLOCKS):
-        raise ValueError(f"{where}: unknown subblock '{key}'.{did_you_mean(key, SUBBLOCKS)} Known: {', '.join(SUBBLOCKS)}.")
+    known = (*SUBBLOCKS, BLOCK)
+    for key in lists.keys() - set(known):
+        raise ValueError(f"{where}: unknown subblock '{key}'.{did_you_mean(key, known)} Known: {', '.join(known)}.")
 
 
 def _layers_named(text: str, num_layers: int) -> list[int]:
@@ -84,6 +90,22 @@ def _resolved(where: str, texts: list[str], subblock: str, config: PreTrainedCon
         if variant not in variants:
             variants.append(variant)
     return variants
+
+
+def _resolved_blocks(where: str, texts: list[str], of_layer: dict, config: PreTrainedConfig, family: Family) -> list[Joint]:
+    """Joint variants, each of halves that are in `of_layer`: a block's training starts from them."""
+    blocks = [Joint(PARENT, PARENT)]
+    for text in texts:
+        parts = str(text).split("+")
+        if len(parts) != len(SUBBLOCKS):
+            raise ValueError(f"{where}: '{text}' is not a joint variant; expected attention+ffn, for example kv1+w50%")
+        own = [_resolved(where, [part], subblock, config, family)[-1] for part, subblock in zip(parts, SUBBLOCKS, strict=True)]
+        for half, subblock in zip(own, SUBBLOCKS, strict=True):
+            if half not in of_layer[subblock]:
+                raise ValueError(f"{where}: '{text}' needs {half} in the {subblock} list of the layer, whose weights it starts from")
+        if (joint := Joint(*own)) not in blocks:
+            blocks.append(joint)
+    return blocks
 
 
 def _resolve(where: str, text: str, kind: str, config: PreTrainedConfig, family: Family) -> Variant:
@@ -131,8 +153,13 @@ def unset_weights(parent: Parent) -> Iterator[None]:
         yield
 
 
-def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant) -> nn.Module:
-    """The bare module of `variant`, its weights not yet set, in the parent's dtype and on its device."""
+def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant | Joint) -> nn.Module:
+    """The bare module of `variant`, its weights not yet set, in the parent's dtype and on its device.
+
+    Of a `block` a ModuleDict of its halves, without those that are the parent's.
+    """
+    if isinstance(variant, Joint):
+        return nn.ModuleDict({half: build_subblock(parent, layer, half, own) for half, own in variant.halves if own != PARENT})
     with unset_weights(parent):
         built = modeling_puzzle.build_layer(
             parent.layers[layer], parent.model.config, changes(parent.family, subblock, variant), layer, puzzle_section(parent)
@@ -142,7 +169,16 @@ def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant) 
 
 @contextlib.contextmanager
 def swapped(parent: Parent, layer: int, subblock: str, module: nn.Module) -> Iterator[None]:
-    """Put `module` in the parent's place for a while; where it does nothing, the subblock's norms rest too."""
+    """Put `module` in the parent's place for a while; where it does nothing, the subblock's norms rest too.
+
+    Of a `block`: each of the halves that it has.
+    """
+    if subblock == BLOCK:
+        with contextlib.ExitStack() as stack:
+            for half, own in module.items():
+                stack.enter_context(swapped(parent, layer, half, own))
+            yield
+        return
     block, names = parent.layers[layer], parent.family.subblock(subblock)
     kept = {name: block.get_submodule(name) for name in (*names.modules, *names.norms)}
     modeling_puzzle.set_subblock(block, names.modules, module)
@@ -157,7 +193,9 @@ def swapped(parent: Parent, layer: int, subblock: str, module: nn.Module) -> Ite
 
 
 def num_params(parent: Parent, layer: int, subblock: str, module: nn.Module) -> int:
-    """Parameters of a subblock with `module` in it, its norms included."""
+    """Parameters of a subblock or block with `module` in it, its norms included."""
+    if subblock == BLOCK:
+        return sum(num_params(parent, layer, s, module[s] if s in module else parent.module(layer, s)) for s in SUBBLOCKS)
     with swapped(parent, layer, subblock, module):
         return sum(p.numel() for part in (module, *parent.norms(layer, subblock)) for p in part.parameters())
 

@@ -10,7 +10,7 @@ import pandera.pandas as pa
 import pyarrow as arrow
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, parse_variant
+from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
 
 
 def _parses(parse) -> pa.Check:
@@ -72,7 +72,7 @@ SCHEMAS = {
         checks=[
             _OF_ITS_SUBBLOCK,
             pa.Check(
-                lambda table: ~table["variant"].isin(["parent", "parent+parent"]) | (table["value"] == 0.0),
+                lambda table: ~table["variant"].map(is_parent).astype(bool) | (table["value"] == 0.0),
                 error="the parent's score is 0 exactly: scores are quality lost against it",
             ),
         ],
@@ -136,14 +136,14 @@ def write(name: str, table: pd.DataFrame, path: str | Path) -> None:
         table.to_parquet(part, index=False)
 
 
-def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Variant], tuple[Path, str]]:
+def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Variant | Joint], tuple[Path, str]]:
     """Where the weights of (layer, subblock, variant) are, and their fingerprint.
 
     The lookup raises ValueError for a variant that is not in the library.
     """
     paths = {(row.layer, row.subblock, row.variant): (blocks / row.path, row.fingerprint) for row in library.itertuples()}
 
-    def find(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
+    def find(layer: int, subblock: str, variant: Variant | Joint) -> tuple[Path, str]:
         try:
             return paths[layer, subblock, str(variant)]
         except KeyError as error:

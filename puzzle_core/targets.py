@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, Variant, did_you_mean, parse_variant
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, Variant, did_you_mean, halves, parse_variant
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,6 @@ def expressible(scores: pd.DataFrame, name: str | None) -> pd.DataFrame:
     if name is None:
         return scores
     target_named(name)
-    fits = [
-        all(why_not(name, row.layer, half, variant) is None for half, variant in _halves(row.subblock, row.variant))
-        for row in scores.itertuples()
-    ]
+    rows = [(row.layer, row.subblock, parse_variant(row.subblock, row.variant)) for row in scores.itertuples()]
+    fits = [all(why_not(name, layer, *half) is None for half in halves(subblock, variant)) for layer, subblock, variant in rows]
     return scores[fits]
-
-
-def _halves(subblock: str, text: str) -> list[tuple[str, Variant]]:
-    """The subblocks that a row of a table speaks of: one, or both of a `block`."""
-    variant = parse_variant(subblock, text)
-    return [(ATTENTION, variant.attention), (FFN, variant.ffn)] if subblock == BLOCK else [(subblock, variant)]

@@ -11,8 +11,8 @@ from puzzle_core import surgery
 from puzzle_core.files import atomic
 from puzzle_core.learners import normalised_mse
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, PARENT, Variant
-from puzzle_core.subblocks import build_subblock, num_params
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant
+from puzzle_core.subblocks import build_subblock, load_weights, num_params
 from puzzle_core.trace import Call, kv_bytes_per_token
 
 
@@ -22,8 +22,9 @@ class Job:
 
     layer: int
     subblock: str
-    variant: Variant
+    variant: Variant | Joint
     fingerprint: str
+    halves: tuple["Job", ...] = ()  # of a block: those whose weights it starts from
 
     def __str__(self) -> str:
         return f"variant {self.variant} of {self.subblock} in layer {self.layer}"
@@ -46,6 +47,15 @@ class Trainee:
     loss_after: float = 0.0
     num_tokens: int = 0
     outcome: str = "untrained"
+
+
+def composed(parent: Parent, job: Job, blocks: Path) -> Trainee:
+    """A joint block put together from its halves, which were trained each on its own; what is the parent's stays frozen."""
+    module = build_subblock(parent, job.layer, job.subblock, job.variant)
+    for half in job.halves:
+        if half.subblock in module:
+            load_weights(module[half.subblock], blocks / half.file_name, half.fingerprint)
+    return Trainee(job, module, init="halves")
 
 
 def initialised(parent: Parent, job: Job, calibration: list[dict[str, Call]], seen: surgery.Mean, channels: str, kv_heads: str) -> Trainee:
@@ -91,7 +101,10 @@ def refit(trainee: Trainee, calibration: list[dict[str, Call]], strengths: list[
 
 def save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
     """Write the variant's file, with its library row inside so that a later run can tell what it is."""
-    job, attention, module = trainee.job, trainee.job.subblock == ATTENTION, trainee.module
+    job, module = trainee.job, trainee.module
+    attention = module if job.subblock == ATTENTION else None
+    if job.subblock == BLOCK:
+        attention = module[ATTENTION] if ATTENTION in module else parent.module(job.layer, ATTENTION)
     row = {
         "layer": job.layer,
         "subblock": job.subblock,
@@ -102,7 +115,7 @@ def save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
         "num_tokens": trainee.num_tokens,
         "outcome": trainee.outcome,
         "num_params": num_params(parent, job.layer, job.subblock, module),
-        "kv_bytes_per_token": kv_bytes_per_token(module, job.layer, call) if attention else 0,
+        "kv_bytes_per_token": 0 if attention is None else kv_bytes_per_token(attention, job.layer, call),
         "path": job.file_name,
         "fingerprint": job.fingerprint,
     }

@@ -13,10 +13,10 @@ from puzzle_core import surgery
 from puzzle_core.files import atomic, fingerprint
 from puzzle_core.learners import Learner, alone, is_trained, normalised_mse, together
 from puzzle_core.schedule import lr_factor
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Variant, did_you_mean
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Variant, did_you_mean
 from puzzle_core.subblocks import swapped
 from puzzle_core.trace import Call, ParentRun
-from puzzle_core.trainees import Job, Trainee, initialised, refit, save
+from puzzle_core.trainees import Job, Trainee, composed, initialised, refit, save
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Settings:
         """Tokens of each use."""
         return {"calibration": self.calibration_tokens, "train": self.train_tokens, "val": self.val_tokens}
 
-    def determining(self, variant: Variant) -> dict:
-        """The settings that decide what a variant's weights are."""
+    def determining(self, variant: Variant | Joint) -> dict:
+        """The settings that decide what a variant's weights are; a block's halves have more, in their own fingerprints."""
+        kind = variant.kind if isinstance(variant, Variant) else BLOCK
         names = [field.name for field in fields(self)]
         others = {"channels": "w", "kv_heads": "kv"}  # each decides for one kind alone
-        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")] if others.get(name) in (None, variant.kind)}
+        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")] if others.get(name) in (None, kind)}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ class Window:
             calibration = list(run.advance(layer, "calibration"))
         validation = list(run.advance(layer, "val"))
         self.kv_calls[layer] = validation[0][ATTENTION]
-        trainees = [initialised(parent, job, calibration, seen, settings.channels, settings.kv_heads) for job in here]
+        trainees = [
+            composed(parent, job, self.blocks)
+            if job.halves
+            else initialised(parent, job, calibration, seen, settings.channels, settings.kv_heads)
+            for job in here
+        ]
         for trainee in trainees:
             if trainee.last is not None and settings.ridge is not None:
                 refit(trainee, calibration, settings.ridge)
@@ -132,14 +138,14 @@ class Window:
         """What trains in `layer`: FFN variants together where their own outputs are what counts, others alone; attention first."""
         closed_form = self.settings.ridge is not None
         some = [t for t in self.trainees if t.job.layer == layer and is_trained(t.job.variant, closed_form)]
-        of_width = [t for t in some if t.job.variant.kind == "w"]
+        of_width = [t for t in some if t.job.subblock == FFN and t.job.variant.kind == "w"]
         fused = None
         if len(of_width) > 1 and self.settings.target == "subblock":
             widths = [t.job.variant.size for t in of_width]
             fused = together(self.run.parent, layer, widths, [t.module for t in of_width])
         groups = [Group(layer, FFN, fused, of_width)] if fused else []
         groups += [Group(layer, t.job.subblock, alone(t.module), [t]) for t in some if not (fused and t in of_width)]
-        return sorted(groups, key=lambda group: SUBBLOCKS.index(group.subblock))
+        return sorted(groups, key=lambda group: (*SUBBLOCKS, BLOCK).index(group.subblock))
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -147,8 +153,8 @@ class Window:
         return [group for group in self.groups if group.layer == layer]
 
     def _losses(self, learner: Learner, layer: int, subblock: str, calls: dict[str, Call], compiled: bool = False) -> list[Tensor]:
-        """The loss of each variant of `learner` on one batch, against what `bld.target` names."""
-        if self.settings.target == "subblock":
+        """The loss of each variant of `learner` on one batch, against what `bld.target` names, or the block where it is one."""
+        if self.settings.target == "subblock" and subblock != BLOCK:
             return (_compiled_losses() if compiled else Learner.losses)(learner, calls[subblock], self.settings.loss_per)
         block = calls[BLOCK]
         with swapped(self.run.parent, layer, subblock, learner.module):

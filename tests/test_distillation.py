@@ -6,14 +6,16 @@ import pandas as pd
 import pytest
 import torch
 from conftest import EXCERPT, PICO_CONFIG, architecture, variants
+from safetensors.torch import load_file
 from torch import nn
 
-from puzzle_core import bld, evaluation, gkd, learners, quality, scoring, surgery, tables, windows
+from puzzle_core import bld, costs, coupling, evaluation, gkd, learners, quality, realised, scoring, search, surgery, tables, windows
 from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
-from puzzle_core.spec import FFN, Variant
+from puzzle_core.problem import Problem
+from puzzle_core.spec import FFN, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space
 
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
@@ -282,6 +284,83 @@ def test_quality_is_measured_on_each_domain_of_the_corpus(pico, tmp_path):
     assert pico.tokenizer.decode(ids[0])[:40] in " ".join(own)
     assert rows["kl_django"] == evaluation.compare(pico.model, child, [ids])["child"]["kl"]
     assert evaluation.by_domain(pico.model, child, Corpus(pico.tokenizer, EXCERPT), settings)["child"] == {}
+
+
+COUPLED = {"attention": ["kv1", "no_op"], "ffn": ["w80"], "block": ["kv1+w80", "no_op+w80", "parent+w80", "kv1+parent"]}
+
+
+QUICK = costs.Torch(device="cpu", repeats=2, warmup=0, decode_contexts=2, decode_steps=1)
+
+
+@pytest.fixture(scope="module")
+def coupled(pico, corpus, tmp_path_factory):
+    """A decoupled library, and the same grown by joint blocks: tables, blocks, how many were made to grow it."""
+    blocks, found = tmp_path_factory.mktemp("coupled") / "blocks", []
+    for space in ({s: COUPLED[s] for s in ("attention", "ffn")}, COUPLED):
+        jobs = bld.jobs(pico, resolve_layers(space, pico.model.config, pico.family), SETTINGS, 0, corpus)
+        found.append(bld.train_library(pico, jobs, corpus, SETTINGS, 0, blocks))
+    (decoupled, _), (grown, made) = found
+    return decoupled, tables.check("library", grown), blocks, made
+
+
+def test_joint_blocks_start_from_their_halves_and_lose_no_more(pico, corpus, coupled, tmp_path):
+    decoupled, grown, blocks, made = coupled
+    assert made == 4 * 5 and set(decoupled.fingerprint) < set(grown.fingerprint)
+    table = grown.set_index(["layer", "subblock", "variant"])
+    joint = table.xs("block", level="subblock")
+    assert (joint.xs("parent+parent", level="variant").loss_after == 0).all()
+    trained = joint[joint.outcome != "untrained"]
+    assert len(trained) == 16 and (trained.loss_after <= trained.loss_before).all()
+    assert (trained.loss_after < trained.loss_before).mean() > 0.7
+    for column in ("num_params", "kv_bytes_per_token"):
+        assert joint[column][1, "kv1+w80"] == table[column][1, "attention", "kv1"] + table[column][1, "ffn", "w80"]
+        assert joint[column][1, "no_op+w80"] == table[column][1, "attention", "no_op"] + table[column][1, "ffn", "w80"]
+    untrained = replace(SETTINGS, train_tokens=0)
+    jobs = bld.jobs(pico, resolve_layers(COUPLED, pico.model.config, pico.family), untrained, 0, corpus)
+    jobs = [job for job in jobs if job.layer == 0]
+    begun, _ = bld.train_library(pico, jobs, corpus, untrained, 0, tmp_path / "blocks")
+    assert begun.query("subblock == 'block' and variant != 'parent+parent'").outcome.eq("untrained").all()
+    both, *halves = (load_file(tmp_path / "blocks" / f"000-{name}.safetensors") for name in ("block-kv1+w80", "attention-kv1", "ffn-w80"))
+    expected = {f"{s}.{name}": value for s, half in zip(SUBBLOCKS, halves, strict=True) for name, value in half.items()}
+    assert both.keys() == expected.keys() and all(both[name].equal(expected[name]) for name in both)
+
+
+def test_joint_blocks_are_scored_searched_and_assembled(pico, corpus, coupled):
+    _, library, blocks, _ = coupled
+    scores, _ = scoring.score_library(pico, library, blocks, corpus, SCORE, NO_ROWS, lambda rows: None)
+    scores = tables.check("scores", scores)
+    assert (scores.query("subblock == 'block' and metric == 'kl' and variant != 'parent+parent'").value > 0).all()
+    halves = {s: [Variant.parse(v) for v in COUPLED[s]] for s in SUBBLOCKS}
+    table = tables.check("costs", costs.profile(pico, halves, [Scenario(1, 8, 4)], QUICK, tables.read_known("costs"))[0])
+    here = scores.query("layer != 2 or subblock == 'block'")  # layer 2 as blocks alone: joint, or the parent's
+    problem = Problem.from_tables(here, table, "kl", "b1p8g4")
+    (solution, *_) = search.search(problem, {"params_fraction": 0.5}, search.Settings("kl"))
+    assert 2 in solution.architecture.joint
+    weights_of = tables.variant_files(library, blocks)
+    child = make_child(pico, solution.architecture, weights_of)
+    assert sum(p.numel() for p in child.parameters()) == solution.totals["num_params"] <= 0.5 * solution.parent_totals["num_params"]
+    one = Architecture(((PARENT, PARENT), (Variant("kv", 1), Variant("w", 80))) + ((PARENT, PARENT),) * 2, joint=(1,))
+    child = make_child(pico, one, weights_of)
+    batches = corpus.batches("validation", SCORE.num_tokens, SCORE.seq_len, SCORE.batch_size, seed="score")
+    score = scores.query("layer == 1 and variant == 'kv1+w80' and metric == 'kl'").value.item()
+    assert evaluation.compare(pico.model, child, batches)["child"]["kl"] == pytest.approx(score, rel=1e-4)
+    (joint_kl,) = realised.joint_kl(pico, [one], weights_of, batches, realised.Settings(SCORE.num_tokens, SCORE.seq_len, SCORE.batch_size))
+    assert joint_kl == pytest.approx(score, rel=1e-4)
+
+
+def test_promising_variants_are_paired_and_become_a_search_space(pico, library):
+    table, _, _ = library
+    value = {"parent": 0.0, "kv1": 0.1, "w80": 0.1, "linear": 1.0, "no_op": 0.9}  # linear: worse than no_op, and dearer
+    scores = table[["layer", "subblock", "variant"]].assign(metric="kl", value=table.variant.map(value))
+    blocks = coupling.promising(table, scores, "kl", {"attention": 3, "ffn": 2})
+    assert sorted(blocks) == [0, 1, 2, 3] and all(len(some) == 6 for some in blocks.values())
+    assert {str(j.attention) for j in blocks[0]} == {"parent", "kv1", "no_op"} and "linear" not in {str(j.ffn) for j in blocks[0]}
+    space = coupling.with_blocks({**SPACE, "layers": {0: {"ffn": ["w80", "no_op"], "block": ["kv1+w80"]}}}, blocks)
+    layers = resolve_layers(space, pico.model.config, pico.family)
+    assert all(set(layer["block"]) == {*some, Joint(PARENT, PARENT)} for layer, some in zip(layers, blocks.values(), strict=True))
+    assert list(map(str, layers[0]["ffn"])) == ["parent", "w80", "no_op"]
+    with pytest.raises(ValueError, match="library and scores differ in 1 variants, e.g. layer 0 attention parent"):
+        coupling.promising(table, scores[1:], "kl", {"attention": 3, "ffn": 2})
 
 
 def test_a_layer_may_have_a_list_of_its_own(pico, corpus, tmp_path):

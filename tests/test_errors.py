@@ -121,6 +121,8 @@ def test_a_variant_that_the_parent_cannot_have_is_refused(pico, subblock, text, 
         ({"4": {"ffn": []}}, "'4' names no layers of this parent; expected for example 0 or 1,7-9, below 4"),
         ({"3-1": {"ffn": []}}, "'3-1' names no layers"),
         ({"0": {"fnn": []}}, "search_space.layers.0: unknown subblock 'fnn'. Did you mean 'ffn'?"),
+        ({"3": {"block": ["kv1+w80"]}}, "search_space.layers.3.block, layer 3: 'kv1+w80' needs kv1 in the attention list"),
+        ({"3": {"block": ["kv1"]}}, "'kv1' is not a joint variant; expected attention+ffn"),
         ({"0-2": {"ffn": []}, "2": {"ffn": ["w80"]}}, "search_space.layers.2.ffn: layer 2 has a list of its own already"),
     ],
 )

@@ -157,3 +157,13 @@ def test_growing_the_search_space_through_dvc_trains_the_new_variant_only(projec
     done = run(["dvc", "repro", "score"], project)
     assert "bld: 4 variants made, 32 kept" in done.stdout and "score: 4 variants scored, 32 kept" in done.stdout
     shutil.rmtree(project / "multirun", ignore_errors=True)
+
+
+def test_coupled_training_adds_joint_blocks_to_the_library(project, undo):
+    chosen = run([sys.executable, "-m", "stages.couple", "couple.attention=2", "couple.ffn=2"], project).stdout
+    assert "couple: 16 joint blocks in" in chosen and "set `search_space: coupled` in params.yaml" in chosen
+    edit(project, "params.yaml", "search_space: pico", "search_space: coupled")
+    done = run(["dvc", "repro", "score"], project)
+    new = len(pd.read_parquet(project / "data/library.parquet").query("subblock == 'block'"))
+    assert 16 <= new <= 20 and f"bld: {new} variants made, 32 kept" in done.stdout
+    assert f"score: {new} variants scored, 32 kept" in done.stdout
