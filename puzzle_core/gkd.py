@@ -361,7 +361,7 @@ def distill(
         fsdp=True if sharded else None,
         fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"} if sharded else None,
         ddp_find_unused_parameters=False,
-        accelerator_config={"non_blocking": True},  # else each batch waits for the device
+        accelerator_config={"non_blocking": parent.device.type == "cuda"},  # else each batch waits for the device
         seed=seed,
         report_to=[],
         remove_unused_columns=False,
