@@ -312,6 +312,14 @@ def test_joint_blocks_start_from_their_halves_and_lose_no_more(pico, corpus, cou
     trained = joint[joint.outcome != "untrained"]
     assert len(trained) == 16 and (trained.loss_after <= trained.loss_before).all()
     assert (trained.loss_after < trained.loss_before).mean() > 0.7
+    lost = [blocks / "001-block-kv1+w80.safetensors", blocks / "001-ffn-w80.safetensors"]
+    before = [path.read_bytes() for path in lost]
+    for path in lost:  # as if a run had been killed before it had them
+        path.unlink()
+    jobs = bld.jobs(pico, resolve_layers(COUPLED, pico.model.config, pico.family), SETTINGS, 0, corpus)
+    again, made = bld.train_library(pico, jobs, corpus, SETTINGS, 0, blocks)
+    assert made == 2 and [path.read_bytes() for path in lost] == before
+    pd.testing.assert_frame_equal(again, grown)
     for column in ("num_params", "kv_bytes_per_token"):
         assert joint[column][1, "kv1+w80"] == table[column][1, "attention", "kv1"] + table[column][1, "ffn", "w80"]
         assert joint[column][1, "no_op+w80"] == table[column][1, "attention", "no_op"] + table[column][1, "ffn", "w80"]
