@@ -1,117 +1,44 @@
-"""The three tables that stages exchange: their schemas, and the only reader and writer of parquet.
+"""The three tables that stages exchange: the only reader and writer of parquet.
 
-Anyone's numbers, written with these columns, can be searched. Every table is checked on read and on write.
+Anyone's numbers, written with the columns of schemas.py, can be searched. Every table is checked when it is written and when
+it is read, but for one that still is what was checked when it was written.
 """
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import pandera.pandas as pa
 import pyarrow as arrow
 
 from puzzle_core.files import atomic
-from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
+from puzzle_core.spec import Joint, Variant
+
+CHECKED = "checked"  # in a table's attrs, which parquet keeps
 
 
-def _parses(parse) -> pa.Check:
-    def each(value: str) -> bool:
-        try:
-            return str(parse(value)) == value
-        except ValueError:
-            return False
+def __getattr__(name: str) -> dict:
+    """`SCHEMAS`, imported when it is asked for."""
+    if name == "SCHEMAS":
+        from puzzle_core.schemas import SCHEMAS
 
-    return pa.Check(each, element_wise=True, error=f"not a {parse.__qualname__.split('.')[0].strip('_').replace('any_', '').lower()} id")
-
-
-def _any_variant(text: str) -> Variant | Joint:
-    return parse_variant(BLOCK if "+" in text else "", text)
-
-
-_LAYER = pa.Column(int, pa.Check.ge(0))
-_SUBBLOCK = pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK)))
-_VARIANT = pa.Column(str, _parses(_any_variant))
-_OF_ITS_SUBBLOCK = pa.Check(
-    lambda table: table["variant"].str.contains("+", regex=False) == (table["subblock"] == BLOCK),
-    error="a row of subblock block has a variant such as kv4+w768, and no other row has",
-)
-_FINITE = pa.Check(lambda column: column.abs() < float("inf"), error="not a finite number")
-_LOSS = pa.Column(float, [pa.Check.ge(0), _FINITE])
-_FINGERPRINT = pa.Column(str, description="hash of everything that determined this row; empty for foreign rows")
-
-SCHEMAS = {
-    "library": pa.DataFrameSchema(
-        {
-            "layer": _LAYER,
-            "subblock": _SUBBLOCK,
-            "variant": _VARIANT,
-            "init": pa.Column(str, description="how the weights were initialised, e.g. prune+ridge"),
-            "loss_before": _LOSS,  # normalised MSE on held-out tokens after initialisation, before training
-            "loss_after": _LOSS,  # the same after training
-            "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
-            "outcome": pa.Column(str, pa.Check.isin(("untrained", "trained", "settled", "rolled back"))),  # what became of training
-            "num_params": pa.Column(int, pa.Check.ge(0), description="of the subblock, its norms included"),
-            "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="KV cache of one sequence, one token"),
-            "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),
-            "fingerprint": _FINGERPRINT,
-        },
-        checks=_OF_ITS_SUBBLOCK,
-        unique=["layer", "subblock", "variant"],
-        strict=True,
-        name="library",
-    ),
-    "scores": pa.DataFrameSchema(
-        {
-            "layer": _LAYER,
-            "subblock": _SUBBLOCK,
-            "variant": _VARIANT,
-            "metric": pa.Column(str, description="kl, lm_loss, ...: a cost in quality, lower is better"),
-            "value": pa.Column(float, _FINITE),
-            "num_tokens": pa.Column(int, pa.Check.ge(1)),
-            "fingerprint": _FINGERPRINT,
-        },
-        checks=[
-            _OF_ITS_SUBBLOCK,
-            pa.Check(
-                lambda table: ~table["variant"].map(is_parent).astype(bool) | (table["value"] == 0.0),
-                error="the parent's score is 0 exactly: scores are quality lost against it",
-            ),
-        ],
-        unique=["layer", "subblock", "variant", "metric"],
-        strict=True,
-        name="scores",
-    ),
-    "costs": pa.DataFrameSchema(
-        {
-            "layer": pa.Column(int, pa.Check.ge(-1), default=-1, description="-1, or the column left out: the same in every layer"),
-            "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK, OUTSIDE))),
-            "variant": _VARIANT,
-            "scenario": pa.Column(str, _parses(Scenario.parse)),
-            "metric": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), description="those of problem.TOTALS, or one's own"),
-            "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),
-            "unit": pa.Column(str),
-            "source": pa.Column(str, pa.Check.isin(("measured", "computed", "analytic"))),
-            "hardware": pa.Column(str, description="what it is true of, in words"),
-            "spread": pa.Column(float, [pa.Check.ge(0), _FINITE], default=0.0, description="half the interquartile range, in `unit`"),
-            "fingerprint": pa.Column(str, default="", description="hash of everything that determined this row; empty for foreign rows"),
-        },
-        checks=_OF_ITS_SUBBLOCK,
-        unique=["layer", "subblock", "variant", "scenario", "metric"],
-        strict=True,
-        add_missing_columns=True,
-        name="costs",
-    ),
-}
+        return SCHEMAS
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def check(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """`table` as schema `name` orders it; ValueError with every offending row otherwise."""
-    try:
-        return SCHEMAS[name].validate(table, lazy=True)[list(SCHEMAS[name].columns)]
-    except pa.errors.SchemaErrors as error:
-        cases = error.failure_cases[["column", "check", "failure_case", "index"]].drop_duplicates()
-        lines = cases.head(10).to_string(index=False)
-        more = f"\n... and {len(cases) - 10} more" if len(cases) > 10 else ""
-        raise ValueError(f"{name} table does not fit its schema (puzzle_core/tables.py):\n{lines}{more}") from error
+    from puzzle_core import schemas
+
+    return schemas.check(name, table)
+
+
+def _digest(name: str, table: pd.DataFrame) -> str:
+    """Of a table's content, and of the schemas and words that it is checked by."""
+    digest = hashlib.sha256(f"{name} {list(table.columns)}".encode())
+    for rules in ("schemas.py", "spec.py"):
+        digest.update(Path(__file__).with_name(rules).read_bytes())
+    digest.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read(name: str, path: str | Path) -> pd.DataFrame:
@@ -123,6 +50,8 @@ def read(name: str, path: str | Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (arrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}). Delete it and run its stage again.") from error
+    if table.attrs.pop(CHECKED, None) == _digest(name, table):
+        return table
     try:
         return check(name, table)
     except ValueError as error:
@@ -132,6 +61,7 @@ def read(name: str, path: str | Path) -> pd.DataFrame:
 def write(name: str, table: pd.DataFrame, path: str | Path) -> None:
     """Check and write table `name`, whole or not at all."""
     table = check(name, table)
+    table.attrs = {CHECKED: _digest(name, table)}
     with atomic(path) as part:
         table.to_parquet(part, index=False)
 
@@ -158,5 +88,7 @@ def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Va
 
 def read_known(name: str, *paths: str | Path) -> pd.DataFrame:
     """The rows of those of `paths` that exist, each once: what an earlier or interrupted run has finished."""
+    from puzzle_core.schemas import SCHEMAS
+
     found = [read(name, path) for path in paths if Path(path).exists()]
     return pd.concat([pd.DataFrame(columns=list(SCHEMAS[name].columns)), *found]).drop_duplicates(SCHEMAS[name].unique + ["fingerprint"])

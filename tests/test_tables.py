@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from puzzle_core import tables
+from puzzle_core import schemas, tables
 from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, Variant
 
 
@@ -37,6 +37,16 @@ def test_a_solution_survives_json():
 def test_a_table_survives_a_file(tmp_path):
     tables.write("scores", scores(), tmp_path / "scores.parquet")
     pd.testing.assert_frame_equal(tables.read("scores", tmp_path / "scores.parquet"), scores())
+
+
+@pytest.mark.parametrize("change", [{}, {"value": -0.5}, {"variant": "W8"}, {"value": 1}])
+def test_a_table_is_checked_again_unless_it_is_what_was_checked_when_it_was_written(tmp_path, monkeypatch, change):
+    path, checked = tmp_path / "scores.parquet", []
+    tables.write("scores", scores(), path)
+    monkeypatch.setattr(schemas, "check", lambda name, table: checked.append(name) or table)
+    pd.read_parquet(path).assign(**change).to_parquet(path)  # what pandas keeps of the mark does not help a changed table
+    tables.read("scores", path)
+    assert checked == (["scores"] if change else [])
 
 
 @pytest.mark.parametrize(

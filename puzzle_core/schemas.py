@@ -1,0 +1,106 @@
+"""What the rows of each of the three tables must be. A module of its own: pandera takes longer to import than a search to run."""
+import pandas as pd
+import pandera.pandas as pa
+
+from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
+
+
+def _parses(parse) -> pa.Check:
+    def each(value: str) -> bool:
+        try:
+            return str(parse(value)) == value
+        except ValueError:
+            return False
+
+    return pa.Check(each, element_wise=True, error=f"not a {parse.__qualname__.split('.')[0].strip('_').replace('any_', '').lower()} id")
+
+
+def _any_variant(text: str) -> Variant | Joint:
+    return parse_variant(BLOCK if "+" in text else "", text)
+
+
+_LAYER = pa.Column(int, pa.Check.ge(0))
+_SUBBLOCK = pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK)))
+_VARIANT = pa.Column(str, _parses(_any_variant))
+_OF_ITS_SUBBLOCK = pa.Check(
+    lambda table: table["variant"].str.contains("+", regex=False) == (table["subblock"] == BLOCK),
+    error="a row of subblock block has a variant such as kv4+w768, and no other row has",
+)
+_FINITE = pa.Check(lambda column: column.abs() < float("inf"), error="not a finite number")
+_LOSS = pa.Column(float, [pa.Check.ge(0), _FINITE])
+_FINGERPRINT = pa.Column(str, description="hash of everything that determined this row; empty for foreign rows")
+
+SCHEMAS = {
+    "library": pa.DataFrameSchema(
+        {
+            "layer": _LAYER,
+            "subblock": _SUBBLOCK,
+            "variant": _VARIANT,
+            "init": pa.Column(str, description="how the weights were initialised, e.g. prune+ridge"),
+            "loss_before": _LOSS,  # normalised MSE on held-out tokens after initialisation, before training
+            "loss_after": _LOSS,  # the same after training
+            "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
+            "outcome": pa.Column(str, pa.Check.isin(("untrained", "trained", "settled", "rolled back"))),  # what became of training
+            "num_params": pa.Column(int, pa.Check.ge(0), description="of the subblock, its norms included"),
+            "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="KV cache of one sequence, one token"),
+            "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),
+            "fingerprint": _FINGERPRINT,
+        },
+        checks=_OF_ITS_SUBBLOCK,
+        unique=["layer", "subblock", "variant"],
+        strict=True,
+        name="library",
+    ),
+    "scores": pa.DataFrameSchema(
+        {
+            "layer": _LAYER,
+            "subblock": _SUBBLOCK,
+            "variant": _VARIANT,
+            "metric": pa.Column(str, description="kl, lm_loss, ...: a cost in quality, lower is better"),
+            "value": pa.Column(float, _FINITE),
+            "num_tokens": pa.Column(int, pa.Check.ge(1)),
+            "fingerprint": _FINGERPRINT,
+        },
+        checks=[
+            _OF_ITS_SUBBLOCK,
+            pa.Check(
+                lambda table: ~table["variant"].map(is_parent).astype(bool) | (table["value"] == 0.0),
+                error="the parent's score is 0 exactly: scores are quality lost against it",
+            ),
+        ],
+        unique=["layer", "subblock", "variant", "metric"],
+        strict=True,
+        name="scores",
+    ),
+    "costs": pa.DataFrameSchema(
+        {
+            "layer": pa.Column(int, pa.Check.ge(-1), default=-1, description="-1, or the column left out: the same in every layer"),
+            "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK, OUTSIDE))),
+            "variant": _VARIANT,
+            "scenario": pa.Column(str, _parses(Scenario.parse)),
+            "metric": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), description="those of problem.TOTALS, or one's own"),
+            "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),
+            "unit": pa.Column(str),
+            "source": pa.Column(str, pa.Check.isin(("measured", "computed", "analytic"))),
+            "hardware": pa.Column(str, description="what it is true of, in words"),
+            "spread": pa.Column(float, [pa.Check.ge(0), _FINITE], default=0.0, description="half the interquartile range, in `unit`"),
+            "fingerprint": pa.Column(str, default="", description="hash of everything that determined this row; empty for foreign rows"),
+        },
+        checks=_OF_ITS_SUBBLOCK,
+        unique=["layer", "subblock", "variant", "scenario", "metric"],
+        strict=True,
+        add_missing_columns=True,
+        name="costs",
+    ),
+}
+
+
+def check(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """`table` as schema `name` orders it; ValueError with every offending row otherwise."""
+    try:
+        return SCHEMAS[name].validate(table, lazy=True)[list(SCHEMAS[name].columns)]
+    except pa.errors.SchemaErrors as error:
+        cases = error.failure_cases[["column", "check", "failure_case", "index"]].drop_duplicates()
+        lines = cases.head(10).to_string(index=False)
+        more = f"\n... and {len(cases) - 10} more" if len(cases) > 10 else ""
+        raise ValueError(f"{name} table does not fit its schema (puzzle_core/schemas.py):\n{lines}{more}") from error
