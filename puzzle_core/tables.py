@@ -50,7 +50,8 @@ def read(name: str, path: str | Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (arrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}). Delete it and run its stage again.") from error
-    if table.attrs.pop(CHECKED, None) == _digest(name, table):
+    mark = table.attrs.pop(CHECKED, None)
+    if mark is not None and mark == _digest(name, table):
         return table
     try:
         return check(name, table)
