@@ -20,10 +20,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.demo import ROOT
+from benchmarks.demo import ROOT, write_into
 from benchmarks.machine import random_parent, write_results
 from puzzle_core import costs, search, tables
 from puzzle_core.children import make_child
+from puzzle_core.files import read_json
 from puzzle_core.parents import Parent, load_parent, pick_device
 from puzzle_core.problem import Problem
 from puzzle_core.serving import side_by_side
@@ -135,6 +136,18 @@ def compare(name: str, device: torch.device, scenario: Scenario, preset: str, ba
     }
 
 
+def write_table() -> None:
+    """The errors in docs/costs.md, of every machine that there is a result of."""
+    lines = ["| parent, workload | on | architectures | latency | throughput | memory | speedup |", "|---" * 7 + "|"]
+    for path in sorted((ROOT / "docs/results").glob("costs_*.json")):
+        for found in read_json(path)["figures"]:
+            cells = [f"{found['error'][total]['median']:.1%}, {found['error'][total]['worst']:.1%}" for total in JUDGED]
+            start = [f"{found['parent']}, {found['scenario']}", found["hardware"], str(len(found["architectures"]))]
+            lines.append(f"| {' | '.join(start + cells)} |")
+    limits = f"Median error and worst error; asked for are {LIMITS['median']:.0%} and {LIMITS['worst']:.0%}."
+    write_into("docs/costs.md", "costs", "\n".join([*lines, "", limits]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
@@ -155,6 +168,7 @@ def main() -> None:
         found.append(compare(name, device, scenario, given.space or space, backend, requests))
         if given.out != "none":  # after each, so that a run cut short leaves what it has
             write_results("costs", found, device, suffix="_gpu" if device.type == "cuda" else "_cpu")
+            write_table()
 
 
 if __name__ == "__main__":

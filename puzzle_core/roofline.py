@@ -77,6 +77,11 @@ class Roofline:
             metrics = {"prefill_ms": 1000 * times[0], "decode_ms": 1000 * times[1], **sizes}
             yield (subblock, variant), {metric: (float(value), 0.0) for metric, value in metrics.items()}
 
+    @property
+    def _between_bytes(self) -> int:
+        """Of a number between two products: 16 bits at least, whatever the weights have."""
+        return max(2, BYTES[self.dtype])
+
     def _seconds(self, flops: float, num_bytes: float) -> float:
         """The longer of arithmetic and memory traffic, shared by the devices."""
         return max(flops / (1e12 * self.peak_tflops[self.dtype]), num_bytes / (1e9 * self.memory_gb_per_s)) / self.num_devices
@@ -88,7 +93,7 @@ class Roofline:
             copies, (rows, columns) = (1, weight.shape) if weight.ndim == 2 else (weight.shape[0], weight.shape[1:])
             each = min(getattr(config, "num_experts_per_tok", None) or 1, copies) if copies > 1 else 1
             read = copies * (1 - (1 - each / copies) ** num_tokens)  # expected, where the tokens are spread evenly
-            traffic = read * rows * columns * BYTES[self.dtype] + num_tokens * each * (rows + columns) * BYTES[self.kv_dtype]
+            traffic = read * rows * columns * BYTES[self.dtype] + num_tokens * each * (rows + columns) * self._between_bytes
             seconds += self._seconds(2 * num_tokens * each * rows * columns, traffic)
         return seconds
 
@@ -102,7 +107,7 @@ class Roofline:
         if variant == NO_OP:
             return 0.0
         config, num_tokens = parent.model.config, batch_size * tokens
-        hidden_bytes = num_tokens * config.hidden_size * 2
+        hidden_bytes = num_tokens * config.hidden_size * self._between_bytes
         seconds = self._products_s(module, num_tokens, config) + self._seconds(0, 4 * hidden_bytes) * self.num_devices
         if self.num_devices > 1:  # an all-reduce of what the devices have of the output
             seconds += 2 * (1 - 1 / self.num_devices) * hidden_bytes / (1e9 * self.link_gb_per_s)
