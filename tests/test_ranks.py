@@ -15,7 +15,7 @@ from puzzle_core import bld, ranks
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
 from puzzle_core.launcher import Launcher
-from puzzle_core.subblocks import resolve_space
+from puzzle_core.subblocks import resolve_layers
 
 SETTINGS = bld.Settings(64, 4, 512, 512, 256, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 
@@ -78,8 +78,8 @@ def share_a_library(mine: ranks.Ranks, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     parent = pico_parent()
     corpus = Corpus(parent.tokenizer, EXCERPT)
-    space = resolve_space({"attention": ["kv1", "linear"], "ffn": ["w80", "w48"]}, parent.model.config, parent.family)
-    jobs = bld.jobs(parent, [space] * len(parent.layers), SETTINGS, 0, corpus)
+    space = {"attention": ["kv1", "linear"], "ffn": ["w80", "w48"], "layers": {"1,3": {"block": ["kv1+w48"]}}}
+    jobs = bld.jobs(parent, resolve_layers(space, parent.model.config, parent.family), SETTINGS, 0, corpus)
     arguments = parent, jobs, corpus, SETTINGS, 0, folder / "blocks"
     table, num_made = bld.train_library(*arguments, mine)
     assert num_made == len(jobs)
