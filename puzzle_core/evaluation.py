@@ -1,5 +1,6 @@
 """What a child is, measured: quality against the parent on held-out text, speed and memory beside the parent in one run."""
 import math
+import random
 from dataclasses import dataclass
 
 import pandas as pd
@@ -99,6 +100,34 @@ def measure(
         }
         for name in quality
     }
+
+
+@torch.no_grad()
+def continuations(
+    models: dict[str, PreTrainedModel], corpus: Corpus, num_prompts: int, prompt_len: int, num_tokens: int
+) -> list[dict[str, str]]:
+    """The beginnings of held-out documents, of different domains where there are any, how they go on, and what each model makes
+    of them greedily: rows of `prompt`, `text` and the models' names."""
+    documents, chosen, domains = list(corpus.splits["validation"]), [], set()
+    random.Random("continuations").shuffle(documents)
+    for document in documents:
+        ids = corpus.tokenizer(document.text, add_special_tokens=False)["input_ids"][: prompt_len + num_tokens]
+        if len(ids) == prompt_len + num_tokens and (document.domain is None or document.domain not in domains):
+            chosen.append(ids)
+            domains.add(document.domain)
+        if len(chosen) == num_prompts:
+            break
+    if not chosen:
+        return []
+    whole = torch.tensor(chosen)
+    parts = {"prompt": whole[:, :prompt_len], "text": whole[:, prompt_len:]}
+    for name, model in models.items():
+        prompts = parts["prompt"].to(model.device)
+        how = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": corpus.tokenizer.eos_token_id}
+        answer = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
+        parts[name] = answer[:, prompt_len:].cpu()
+    decoded = {name: corpus.tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
+    return [dict(zip(decoded, row, strict=True)) for row in zip(*decoded.values(), strict=True)]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

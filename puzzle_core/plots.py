@@ -45,17 +45,26 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     _write(figure, path)
 
 
-def frontier_picture(rows: list[dict], name: str, metric: str, path: str | Path, title: str) -> None:
-    """Draw to a PNG the least score at each limit of the constraint `name`; points that are not proven are hollow."""
+def frontier_picture(
+    rows: list[dict], name: str, metric: str, path: str | Path, title: str, marks: dict[str, tuple[float, float]] | None = None
+) -> None:
+    """Draw to a PNG the least score at each limit of the constraint `name`; points that are not proven are hollow.
+
+    `marks` are children to show beside it, by label: what each reaches of `name`, and what it loses.
+    """
     figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     x, y = [row["limit"] for row in rows], [row["score"] for row in rows]
     axes.plot(x, y, color="#1f5fa8", linewidth=1.5, zorder=1)
     faces = ["#1f5fa8" if row["gap"] == 0 else "white" for row in rows]
     axes.scatter(x, y, s=18, c=faces, edgecolors="#1f5fa8", zorder=2)
+    for (label, at), color, shape in zip((marks or {}).items(), ("#1f5fa8", "#b3452c", "#2e7d4f"), ("D", "s", "o"), strict=False):
+        axes.scatter(*at, s=70, c=color, marker=shape, edgecolors="white", label=label, zorder=3)
+    if marks:
+        axes.legend(fontsize=9, frameon=False, loc="upper left")
     axes.set_title(title, size=11, loc="left")
-    axes.set_xlabel(f"{name}, the limit", size=10)
-    axes.set_ylabel(f"total {metric}, predicted", size=10)
+    axes.set_xlabel(name if marks else f"{name}, the limit", size=10)
+    axes.set_ylabel(metric if marks else f"total {metric}, predicted", size=10)
     positive = [score for score in y if score > 0]
     if positive and max(positive) > 30 * min(positive):
         axes.set_yscale("log", nonpositive="mask")  # what loses nothing has no place there
@@ -128,6 +137,29 @@ def _dots(axes: Axes, rows: list[dict]) -> None:
     axes.axline((0, 0), slope=1, color="#999999", linewidth=1, zorder=0, label="as predicted")
     axes.set_ylabel("joint KL, realised", size=10)
     axes.legend(fontsize=9, frameon=False)
+
+
+def curve_picture(training: list[dict], held_out: list[dict], path: str | Path) -> None:
+    """Draw to a PNG the losses of global distillation step by step, and what was measured on held-out text on the way.
+
+    Cosine distances and whatever else is measured have panels of their own: their units are others.
+    """
+    lines = [(training, key) for key in training[0] if key not in ("step", "learning_rate")]
+    lines += [(held_out, key) for key in dict.fromkeys(key for row in held_out for key in row if key != "step")]
+    panels: dict[str, list] = {}
+    for rows, key in lines:
+        panels.setdefault(key if key == "cosine" or (rows is held_out and key != "held_out_kl") else "loss", []).append((rows, key))
+    figure = Figure(figsize=(WIDTH_INCHES, 3.0), dpi=DPI, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.values(), strict=True):
+        for rows, key in panel:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            dots = "o" if rows is held_out else None
+            axes.plot(*zip(*points, strict=True), linewidth=1.4, marker=dots, markersize=4, label=key.replace("_", " "))
+        axes.set_xlabel("step", size=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=9, frameon=False)
+        _plain(axes)
+    _write(figure, path)
 
 
 def _plain(axes: Axes) -> None:
