@@ -21,6 +21,7 @@ run: $(STAMP)
 	@python -c 'from puzzle_core.config import register_params; register_params()'   # names the nearest preset; DVC would not
 	dvc repro
 	dvc metrics show
+	python -m stages.report out=data
 
 test: $(STAMP)
 	$(BIN)/ruff check .

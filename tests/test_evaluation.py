@@ -1,5 +1,6 @@
-"""Accuracy on tasks is what the model's own log-likelihoods say, with errors that resampling confirms."""
+"""Accuracy on tasks is what the model's own log-likelihoods say, with errors that resampling confirms; the report says it all."""
 import json
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 import torch
 from conftest import EXCERPT, ROOT, architecture, variants
 
-from puzzle_core import evaluation, tasks
+from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
-from puzzle_core.spec import Scenario
+from puzzle_core.spec import Constraint, Scenario, Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained
 
 SAMPLE = [json.loads(line) for line in (ROOT / "data/questions/sample.jsonl").read_text().split("\n") if line]
@@ -126,8 +127,60 @@ def test_a_childs_row_has_accuracies_beside_the_rest(pico, tmp_path):
     settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 0, 1, {"mine": {"path": file}}, 8)
     child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
     before = dict(pico.tokenizer.special_tokens_map)
-    rows = evaluation.measure(pico.model, child, corpus, Scenario(1, 8, 2), settings)
+    rows = evaluation.measure(pico.model, child, corpus, Scenario(1, 8, 2), "eager", settings)
     assert pico.tokenizer.special_tokens_map == before
     assert rows["parent"].get("mine_retained", 0) == rows["parent"].get("accuracy_retained", 0) == (rows["parent"]["mine_accuracy"] > 0.25)
     assert set(rows["child"]) == set(rows["parent"]) >= {"kl", "speedup", "mine_accuracy", "mine_accuracy_stderr", "mine_chance"}
     assert all(isinstance(value, float | int) for row in rows.values() for value in row.values())
+
+
+def test_continuations_are_of_held_out_documents_and_greedy(pico):
+    corpus = Corpus(pico.tokenizer, {**EXCERPT, "domain_column": "source"})
+    rows = evaluation.continuations({"parent": pico.model}, corpus, num_prompts=3, prompt_len=12, num_tokens=4)
+    sources = [{d.domain for d in corpus.splits["validation"] if d.text.startswith(row["prompt"] + row["text"])} for row in rows]
+    assert len(set().union(*sources)) == 3
+    ids = pico.tokenizer(rows[0]["prompt"], return_tensors="pt").input_ids
+    for _ in range(4):
+        ids = torch.cat([ids, pico.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert rows[0]["parent"] == pico.tokenizer.decode(ids[0, 12:], skip_special_tokens=True)
+
+
+class Page(HTMLParser):
+    """What a page would fetch, and what it says."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.fetched, self.tags, self.words = [], set(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action", "poster", "style")]
+
+    def handle_data(self, data):
+        self.words += data
+        self.fetched += ["css"] if "url(" in data or "@import" in data else []
+
+    @property
+    def is_self_contained(self) -> bool:
+        return all(value.startswith("data:") for value in self.fetched) and not {"script", "iframe", "object", "embed"} & self.tags
+
+
+ROW = {"kl": 0.5, "kl_stderr": 0.02, "perplexity": 20.0, "top1_agreement": 0.8, "speedup": 1.5, "latency_ms": 100.0, "memory_mib": 50.0,
+       "num_params": 4e6, "kl_code": 0.7, "perplexity_code": 9.5, "top1_agreement_code": 0.7, "piqa_accuracy": 0.6,
+       "piqa_accuracy_stderr": 0.01, "piqa_chance": 0.5, "accuracy_retained": 0.9, "accuracy_retained_stderr": 0.05}  # fmt: skip
+
+
+def test_a_report_of_half_a_run_says_what_there_is_and_escapes_what_models_say():
+    totals = {"latency_ms": 80.0, "memory_mib": 50.0, "num_params": 4e6}
+    limits = (Constraint("speedup", 1.5, "latency_ms", 100.0),)
+    chosen = Solution(architecture(*["kv1 w80"] * 4), Scenario(2, 16, 4), "kl", 0.4, 0.4, "optimal", 0.0, totals, totals, limits)
+    metrics = {"parent": {**ROW, "kl": 0.0, "kl_stderr": 0.0}, "predicted": chosen.predicted(), "child": ROW}
+    run = report.Run(metrics, chosen, [], [], [{"solution": 1, "predicted": 0.4, "realised": 0.5, "chosen": 1}], [], {})
+    texts = [{"prompt": "<script src='http://x'></script>", "text": "a", "parent": "b", "child": "c & d"}]
+    page = Page(report.page(run, texts, "speedup", {"use": {"parent": "pico"}, "seed": 7}, "a chip"))
+    assert page.is_self_contained and "<script src='http://x'></script>" in page.words and "c & d" in page.words
+    words = ("A child of pico", "speedup 1.5", "0.500 ± 0.020", "0.400", "100 (+25.0%)", "0.600 ± 0.010", "90.0% ± 5.0%", "9.5", "seed: 7",
+             "a chip")  # fmt: skip
+    assert all(word in page.words for word in words), [word for word in words if word not in page.words]
+    assert "after distillation" not in page.words and "Frontier" not in page.words and "Global distillation" not in page.words

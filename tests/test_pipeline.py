@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ENVIRONMENT, copy_of_the_project, run
+from test_evaluation import Page
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 STAGES = ["bld", "score", "profile-hardware", "search", "frontier", "assemble", "gkd"]
@@ -74,6 +75,16 @@ def test_a_run_answers_what_did_i_get(project):
     assert "GKD loss" in page and all(
         list((project / "dvc_plots" / "static").glob(f"*{name}.png")) for name in ("architecture", "predicted_realised")
     )
+
+
+def test_a_report_of_the_run_needs_no_network(project, undo):
+    run(["python", "-m", "stages.report", "out=data", "continuations.num_tokens=4"], project)
+    page = Page((project / "data" / "report.html").read_text())
+    assert page.is_self_contained and len([value for value in page.fetched if value.startswith("data:image/png;base64,")]) >= 4
+    chosen = json.loads((project / "data/metrics/distilled.json").read_text())
+    words = ("after distillation", f"{chosen['kl']:.3f} ±", "wikilead", "Frontier", "Scores", "Global distillation", "Continuations",
+             "params_fraction: 0.8", "torch 2.")  # fmt: skip
+    assert all(word in page.words for word in words), [word for word in words if word not in page.words]
 
 
 @pytest.mark.parametrize(
