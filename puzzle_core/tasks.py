@@ -82,9 +82,13 @@ class Exam:
         hub = [task.name for task in tasks if task.path is None]
         loaded = _from_hub(hub) if hub else {}
         self.parts = {task.name: loaded[task.name] if task.path is None else {task.name: _local(task)} for task in tasks}
+        names = [name for parts in self.parts.values() for name in parts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluation.tasks: {', '.join(twice)} would be asked twice; a group of lm-eval has its parts already")
         for task in tasks:
             for part in self.parts[task.name].values():
-                part.set_config("num_fewshot", task.num_fewshot or part.get_config("num_fewshot") or 0)
+                shots = part.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+                part.set_config("num_fewshot", shots or 0)
                 part.set_fewshot_seed(1234)
 
     def ask(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Answers]:

@@ -42,6 +42,7 @@ def test_multiple_choice_is_answered_by_log_likelihood(pico, tmp_path):
         assert answers.right_N.tolist() == expected and 0 < sum(expected) < len(rows)
         assert answers.chance == pytest.approx(np.mean([1 / len(row["choices"]) for row in rows]))
     assert got["acc"].right_N.tolist() != got["acc_norm"].right_N.tolist()
+    assert exam.ask(pico.model, pico.tokenizer)["acc"].right_N.tolist() == got["acc"].right_N.tolist()
 
 
 def test_a_cloze_is_right_where_the_model_would_say_it_and_a_schema_where_its_text_is_likelier(pico, tmp_path):
@@ -82,6 +83,8 @@ def test_tasks_of_lm_eval_are_asked_by_name_a_group_as_one(pico, tmp_path, monke
     got = Exam([Task("both", num_questions=6, num_fewshot=1)], batch_size=8).ask(pico.model, pico.tokenizer)["both"]
     assert len(got.right_N) == 12 and (got.right_N[:6] == got.right_N[6:]).all()
     assert all(i.args[0].count("\n\n") == 1 for i in parts["one"].instances)
+    with pytest.raises(ValueError, match="evaluation.tasks: one would be asked twice"):
+        Exam([Task("both"), Task("one")], batch_size=8)
     with pytest.raises(ValueError, match=r"lm-eval has no task 'bothh'. Did you mean 'both'\?"):
         Exam([Task("bothh")], batch_size=8)
     with pytest.raises(ValueError, match="evaluation.tasks.one: no metric 'f1', only acc, acc_norm"):
