@@ -1,7 +1,7 @@
 """What each way to begin a variant is worth: its score on the embedded parent, untrained, with the ridge refit and without.
 
-    python -m benchmarks.initialisation                                          # every layer: for a GPU
-    python -m benchmarks.initialisation --layers 4 12 20 --ffn w768 w384 linear --score-tokens 512     # minutes on a core
+    python -m benchmarks.initialisation                             # every layer: for a GPU
+    python -m benchmarks.initialisation --layers 1 8 15 --ffn w768 linear --calibration-tokens 4096 --score-tokens 512
 
 Makes a library for each choice of `bld.channels` and `bld.kv_heads`, no gradient step in it, scores it, and writes the median
 KL over the layers into docs/library.md.
@@ -20,6 +20,7 @@ from benchmarks.machine import now, write_results
 from puzzle_core import bld, scoring, surgery, tables
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent, pick_device
+from puzzle_core.serving import hardware_name
 from puzzle_core.subblocks import resolve_layers
 
 STRENGTHS = [0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0]
@@ -80,7 +81,7 @@ def main() -> None:
     write_results("initialisation", {"asked": asked, "seconds": now(device) - start, "rows": rows}, device)
     which = "all layers" if options.layers is None else f"layers {', '.join(map(str, layers))}"
     budgets = f"{options.calibration_tokens:,} calibration tokens, KL on {rows[0]['num_tokens']:,} held-out ones"
-    caption = f"Median over {which} of smollm2-135m; {budgets}."
+    caption = f"Median over {which} of smollm2-135m; {budgets}; {hardware_name(device)}."
     write_into("docs/library.md", "initialisation", f"{text}\n\n{caption}")
     print(f"{text}\n\n{caption}")
 
