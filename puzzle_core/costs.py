@@ -25,13 +25,15 @@ from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scena
 from puzzle_core.subblocks import build_subblock, num_params, swapped
 from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, in_turn, times_of
 
-VERSION = 1  # raise when a change here, or in a module below, changes what a cost is
+VERSION = 2  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
 @contextmanager
-def _everywhere(parent: Parent, subblock: str, modules: list[nn.Module]) -> Iterator[PreTrainedModel]:
+def _everywhere(parent: Parent, modules: Mapping[str, list[nn.Module]]) -> Iterator[PreTrainedModel]:
+    """The parent with other modules in every layer."""
     with ExitStack() as stack:
-        for layer, module in enumerate(modules):
-            stack.enter_context(swapped(parent, layer, subblock, module))
+        for subblock, some in modules.items():
+            for layer, module in enumerate(some):
+                stack.enter_context(swapped(parent, layer, subblock, module))
         yield parent.model
 
 
@@ -83,28 +85,30 @@ class Torch:
             return {metric: (float(value), 0.0) for metric, value in values.items()}
 
         if base is None:
-            none = {s: self._turns(parent, session, scenario, s, NO_OP) for s in SUBBLOCKS}
-            base, held = base_times({s: turns for s, (turns, _, _) in none.items()}, num_layers, num_layers), session.kv_bytes()
+            none = {s: self._turns(parent, session, scenario, {s: NO_OP}) for s in SUBBLOCKS}
+            both, *_ = self._turns(parent, session, scenario, dict.fromkeys(SUBBLOCKS, NO_OP))
+            base = base_times({**{s: turns for s, (turns, _, _) in none.items()}, OUTSIDE: both}, num_layers, num_layers)
             counts = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
             for subblock, (_, count, kv_bytes) in none.items():
-                base[subblock, PARENT] |= sizes(counts[subblock], held if subblock == ATTENTION else 0)
-                base[subblock, NO_OP] |= sizes(count, kv_bytes if subblock == ATTENTION else 0)
+                base[subblock, PARENT] |= sizes(counts[subblock], session.kv_bytes() if subblock == ATTENTION else 0)
+                base[subblock, NO_OP] |= sizes(count[subblock], kv_bytes if subblock == ATTENTION else 0)
             base[OUTSIDE, PARENT] |= sizes(sum(p.numel() for p in parent.model.parameters()) - num_layers * sum(counts.values()))
             yield from base.items()
         for subblock, variant in options:
             if (subblock, variant) not in BASE:
-                turns, count, kv_bytes = self._turns(parent, session, scenario, subblock, variant)
-                sized = sizes(count, kv_bytes if subblock == ATTENTION else 0)
+                turns, count, kv_bytes = self._turns(parent, session, scenario, {subblock: variant})
+                sized = sizes(count[subblock], kv_bytes if subblock == ATTENTION else 0)
                 yield (subblock, variant), times_of(turns, subblock, base, num_layers, num_layers) | sized
 
     def _turns(
-        self, parent: Parent, session: Eager | Static, scenario: Scenario, subblock: str, variant: Variant
-    ) -> tuple[Turns, int, int]:
-        """The turns of a variant in every layer, the parameters of one, and the bytes of the KV cache."""
-        modules = [_random(build_subblock(parent, layer, subblock, variant)) for layer in range(len(parent.layers))]
-        other = served(partial(_everywhere, parent, subblock, modules), scenario, pick_serving(self.serving, parent.device))
+        self, parent: Parent, session: Eager | Static, scenario: Scenario, variants: Mapping[str, Variant]
+    ) -> tuple[Turns, dict[str, int], int]:
+        """The turns of `variants` in every layer, the parameters of each in one, and the bytes of the KV cache."""
+        layers = range(len(parent.layers))
+        modules = {s: [_random(build_subblock(parent, layer, s, variant)) for layer in layers] for s, variant in variants.items()}
+        other = served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))
         turns = in_turn(*(partial(self._times, one, scenario) for one in (session, other)), self.repeats, self.warmup)
-        return turns, num_params(parent, 0, subblock, modules[0]), other.kv_bytes()
+        return turns, {s: num_params(parent, 0, s, some[0]) for s, some in modules.items()}, other.kv_bytes()
 
     def _times(self, session: Eager | Static, scenario: Scenario) -> dict[str, float]:
         return {"prefill_ms": session.prefill(), "decode_ms": self._decode_ms(session, scenario)}
@@ -182,6 +186,13 @@ def profile(
         num_made += len(missing)
     order = {option: number for number, option in enumerate(options)}
     return _table(dict(sorted(rows.items(), key=lambda item: (scenarios.index(item[0][1]), order[item[0][0]])))), num_made
+
+
+def unsure(table: pd.DataFrame) -> str:
+    """How many of a table's times are no larger than their spread, in words; "" where all are."""
+    times = table[(table["unit"] == "ms") & (table["variant"] != str(NO_OP))]
+    count = int((times["value"] <= times["spread"]).sum())
+    return f", {count} of {len(times)} times are within their spread (raise hardware.repeats)" if count else ""
 
 
 def _costs(rows: pd.DataFrame) -> Costs:

@@ -69,19 +69,20 @@ class LlamaCpp:
             shallow, work = _shallow(parent, self.num_layers), Path(folder)
             of_parent = _served(shallow, Architecture.uniform(self.num_layers), scenario, work)
 
-            def turns(subblock: str, variant: Variant) -> Turns:
-                pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
+            def turns(variants: Mapping[str, Variant]) -> Turns:
+                pair = tuple(variants.get(s, PARENT) for s in SUBBLOCKS)
                 architecture = Architecture(((PARENT, PARENT), *[pair] * changed))
                 return in_turn(of_parent, _served(shallow, architecture, scenario, work), self.repeats, self.warmup)
 
             if base is None:
-                base = base_times({s: turns(s, NO_OP) for s in SUBBLOCKS}, self.num_layers, changed)
+                none = {**{s: {s: NO_OP} for s in SUBBLOCKS}, OUTSIDE: dict.fromkeys(SUBBLOCKS, NO_OP)}
+                base = base_times({key: turns(variants) for key, variants in none.items()}, self.num_layers, changed)
                 for subblock, variant in BASE:
                     base[subblock, variant] |= _sizes(parent, subblock, variant, whole)
                 yield from base.items()
             for subblock, variant in options:
                 if (subblock, variant) not in BASE:
-                    times = times_of(turns(subblock, variant), subblock, base, self.num_layers, changed)
+                    times = times_of(turns({subblock: variant}), subblock, base, self.num_layers, changed)
                     yield (subblock, variant), times | _sizes(parent, subblock, variant, whole)
 
 

@@ -1,11 +1,12 @@
 """Costs from differences: a model with a variant in its layers, timed turn by turn against the parent.
 
-What a variant saves is the median of the turns' ratios, a layer's share of it, so that drift of the machine cancels; what no_op
-saves is what the parent's subblock costs.
+What a variant saves is the median of the turns' ratios, a layer's share of it, so that drift of the machine cancels. What no_op in
+both subblocks saves is what the parent's block costs, and what each saves alone says how that divides.
 
-    saved(v) = (1 - median over turns of t_v / t_parent) * t_parent / layers with the variant
-    cost(v)  = saved(no_op) - saved(v)             the parent saves 0
-    outside  = t_parent - layers * (cost of the parent's attention + cost of its FFN)
+    saved(v)     = (1 - median over turns of t_v / t_parent) * t_parent / layers with the variant
+    cost(parent) = saved(no_op in both) * saved(no_op) / (saved(no_op in attention) + saved(no_op in FFN))
+    cost(v)      = cost(parent) - saved(v)
+    outside      = t_parent - layers * saved(no_op in both)
 
 A difference that noise pushes below 0 is written as 0, with its spread: half the interquartile range of the turns, of differences
 the root of the sum of squares.
@@ -52,20 +53,24 @@ def in_turn(parent: Callable[[], dict[str, float]], other: Callable[[], dict[str
 
 
 def base_times(turns: Mapping[str, Turns], num_layers: int, num_changed: int) -> dict[Option, Costs]:
-    """Times of the parent's subblocks, of none, and of what is outside, from the `turns` of no_op in each subblock.
+    """Times of the parent's subblocks, of none, and of what is outside.
 
-    The models have `num_layers` layers, of which `num_changed` have the variant.
+    `turns` are of no_op in each subblock, and under `outside` of no_op in both, what is left of which is outside. The models have
+    `num_layers` layers, of which `num_changed` are changed.
     """
     costs: dict[Option, Costs] = {option: {} for option in BASE}
     for metric in TIMES:
         total = statistics.median(turn[metric] for some in turns.values() for turn in some.parent)
-        outside, spread = total, 0.0
-        for subblock, some in turns.items():
-            saved, saved_spread = (total / num_changed * share for share in some.saved(metric))
-            costs[subblock, PARENT][metric] = max(0.0, saved), saved_spread
-            costs[subblock, NO_OP][metric] = 0.0, saved_spread
-            outside, spread = outside - num_layers * costs[subblock, PARENT][metric][0], math.hypot(spread, num_layers * saved_spread)
-        costs[OUTSIDE, PARENT][metric] = max(0.0, outside), spread
+        saved, spread = {}, {}
+        for key, some in turns.items():
+            share, of_share = some.saved(metric)
+            saved[key], spread[key] = max(0.0, share) * total / num_changed, of_share * total / num_changed
+        apart = sum(saved[s] for s in SUBBLOCKS)
+        for s in SUBBLOCKS:
+            share = saved[s] / apart if apart else 1 / len(SUBBLOCKS)
+            costs[s, PARENT][metric] = saved[OUTSIDE] * share, spread[s]
+            costs[s, NO_OP][metric] = 0.0, spread[s]
+        costs[OUTSIDE, PARENT][metric] = max(0.0, total - num_layers * saved[OUTSIDE]), num_layers * spread[OUTSIDE]
     return costs
 
 

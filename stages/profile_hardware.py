@@ -21,7 +21,8 @@ def run(cfg):
         tables.write("costs", table, path)
         partial.unlink(missing_ok=True)
     kept = table.groupby(["subblock", "variant", "scenario"]).ngroups - made
-    print(f"profile-hardware: {made} costs {backend.source} on {table.hardware[0]}, {kept} kept; {', '.join(map(str, scenarios))}; {path}")
+    print(f"profile-hardware: {made} costs {backend.source} on {table.hardware[0]}, {kept} kept{costs.unsure(table)}; "
+          f"{', '.join(map(str, scenarios))}; {path}")  # fmt: skip
 
 
 if __name__ == "__main__":

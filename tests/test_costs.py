@@ -37,6 +37,7 @@ def test_costs_cover_the_space_and_sum_to_the_model(pico):
     blocks = 4 * sum(value[subblock, "parent", "num_params"] for subblock in space)
     assert value[OUTSIDE, str(PARENT), "num_params"] + blocks == sum(p.numel() for p in pico.model.parameters())
     assert value["attention", "kv1", "kv_bytes_per_token"] * 2 == value["attention", "parent", "kv_bytes_per_token"]
+    assert costs.unsure(table.assign(spread=0.0, value=1.0)) == "" and "10 of 10 times" in costs.unsure(table.assign(spread=2.0, value=1.0))
     assert set(table.source[table.unit == "ms"]) == {"measured"} and (table.spread[table.unit == "ms"] > 0).any()
 
 
@@ -54,7 +55,9 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
         parent, other = {s: s for s in SUBBLOCKS}, {**{s: s for s in SUBBLOCKS}, **replaced}
         return turns.Turns(*([{m: f * total(m, some) for m in truth} for f in slower] for some in (parent, other)))
 
-    base = turns.base_times({s: timed(**{s: "nothing"}) for s in SUBBLOCKS}, layers, layers)
+    base = turns.base_times(
+        {**{s: timed(**{s: "nothing"}) for s in SUBBLOCKS}, OUTSIDE: timed(attention="nothing", ffn="nothing")}, layers, layers
+    )
     found = turns.times_of(timed(ffn="w"), FFN, base, layers, layers)
     for metric, expected in truth.items():
         scale = 1.5  # the median of the parent's turns

@@ -163,9 +163,10 @@ def test_a_second_clone_searches_a_shared_library_without_training(project, undo
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_growing_the_search_space_through_dvc_trains_the_new_variant_only(project, undo):
+def test_growing_the_search_space_through_dvc_trains_and_measures_the_new_variant_only(project, undo):
     edit(project, "conf/search_space/pico.yaml", "[w80,", "[w80, w48,")
-    done = run(["dvc", "repro", "score"], project)
+    done = run(["dvc", "repro", "score", "profile-hardware"], project)
+    assert "profile-hardware: 1 costs measured" in done.stdout and ", 9 kept" in done.stdout
     assert "bld: 4 variants made, 32 kept" in done.stdout and "score: 4 variants scored, 32 kept" in done.stdout
     shutil.rmtree(project / "multirun", ignore_errors=True)
 
