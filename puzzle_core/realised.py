@@ -117,6 +117,13 @@ def best_of(
     return pool[chosen], rows
 
 
+def choice(rows: list[dict]) -> str:
+    """In words, which of `best_of`'s rows was chosen."""
+    chosen = next(row for row in rows if row["chosen"])
+    kls = "" if len(rows) == 1 else f", joint KL {chosen['realised']:.4g} (of the first {rows[0]['realised']:.4g})"
+    return f"solution {chosen['solution']} of {len(rows)}{kls}"
+
+
 def read_architectures(path: Path) -> list[dict]:
     """Rows of `group`, `name` and `architecture` from a JSON list: rivals.json, pool.json, frontier.json, or one's own.
 

@@ -42,6 +42,7 @@ def run(cfg):
         predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
         architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
+    print(f"assemble: {realised.choice(compared)}; {out}/child")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,9 @@ def test_assemble_keeps_the_solution_of_the_pool_whose_child_is_nearest_to_the_p
     assert [row["solution"] for row in rows] == [1, 2] and rows[0]["realised"] > rows[1]["realised"] > 0
     assert [row["chosen"] for row in rows] == [0, 1] and read_json(data / "chosen.json") == pool[1]
     assert set(read_json(data / "child" / "config.json")["per_layer_config"]) == {"0", "1", "2"}
+    assert realised.choice(rows).startswith("solution 2 of 2, joint KL ")
     alone, rows = realised.best_of(None, [solution_of(MIXED)], None, None, [], None)  # nothing is run where there is no choice
+    assert realised.choice(rows) == "solution 1 of 1"
     assert alone == solution_of(MIXED) and rows == [{"solution": 1, "predicted": 0.25, "realised": None, "chosen": 1}]
 
 
