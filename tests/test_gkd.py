@@ -9,6 +9,8 @@ from conftest import EXCERPT, architecture, pico_parent, variants
 from test_ranks import in_two_processes
 from torch.nn import functional
 
+from benchmarks import demo
+from benchmarks import gkd as benchmark
 from puzzle_core import evaluation, gkd
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.corpus import Corpus
@@ -217,3 +219,13 @@ def test_two_processes_in_shards_do_what_one_does(pico, corpus, child, tmp_path)
         assert two == pytest.approx(one, rel=1e-4)
     for name, value in child.state_dict().items():
         torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_the_benchmark_times_every_way_and_counts_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "matmul_flops_per_s", lambda device, dtype: 1e12)  # slow to measure, and not what is tested
+    rows = benchmark.main(["--parents", "pico", "--seq-len", "32", "--batch-size", "2", "--steps", "1"])
+    assert [row["way"] for row in rows] == ["plain Trainer", "gkd", "gkd, layers checkpointed"]
+    assert all(0 < row["floor_s"] < row["step_s"] for row in rows) and rows[1]["step_of_limit"] > 0
+    assert rows[0]["floor_s"] * 1e12 > 64 * 4 * 2 * 64 * 320  # the heads alone, four times
+    assert (tmp_path / "docs/results/gkd.json").exists()
