@@ -225,6 +225,18 @@ def test_the_text_that_the_pool_is_compared_on_shares_nothing_with_the_evaluatio
     assert np.array_equal(np.concatenate(reported).ravel(), whole[:512])
 
 
+def test_architectures_are_read_from_any_list_of_them(tmp_path):
+    layers = MIXED.to_json()
+    of_rivals = [{"method": "rl", "score": 1.0, "architecture": layers}, {"method": "depth", "architecture": None}]
+    write_json(tmp_path / "some.json", [layers, *of_rivals])
+    rows = realised.read_architectures(tmp_path / "some.json")
+    assert [(row["group"], row["name"]) for row in rows] == [("some", "some 1"), ("some", "rl")]
+    assert all(row["architecture"] == MIXED for row in rows)
+    write_json(tmp_path / "other.json", [{"layers": layers}])
+    with pytest.raises(ValueError, match="other.json is no list of architectures .*expected such as rivals.json"):
+        realised.read_architectures(tmp_path / "other.json")
+
+
 @pytest.mark.parametrize("memory_gib", [None, 1e-4])
 def test_the_joint_kl_of_an_architecture_is_that_of_its_child(parent, tmp_path, memory_gib):
     weights_of, read = variants(parent, tmp_path), []

@@ -87,6 +87,17 @@ def test_a_report_of_the_run_needs_no_network(project, undo):
     assert all(word in page.words for word in words), [word for word in words if word not in page.words]
 
 
+def test_what_was_predicted_is_held_against_what_the_children_lose(project, tmp_path):
+    command = [sys.executable, "-m", "stages.realised", "architectures=[pool.json,frontier.json]", "random=3", f"out={tmp_path}"]
+    done = run([*command, f"hydra.run.dir={tmp_path}"], project)
+    rows, pool = json.loads((tmp_path / "realised.json").read_text()), json.loads((project / "data/plots/pool.json").read_text())
+    assert {row["group"] for row in rows} == {"pool", "frontier", "random"} and "random 3" in done.stdout
+    for row, of_pool in zip(rows, pool, strict=False):
+        assert (row["predicted"], row["realised"]) == pytest.approx((of_pool["predicted"], of_pool["realised"]), rel=1e-6)
+    assert json.loads((tmp_path / "metrics/realised.json").read_text())["num_architectures"] == len(rows)
+    assert (tmp_path / "plots/realised.png").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [

@@ -518,6 +518,16 @@ def test_rivals_keep_the_limits_and_none_beats_the_mip():
     assert "mip" in rivals.table(list(entries.values()), ["latency_ms"]).splitlines()[1]
 
 
+def test_random_architectures_keep_the_limits_differ_and_are_the_same_again():
+    problem = make_problem(num_layers=8)
+    constraints = constraints_from({"speedup": 1.5}, problem)
+    drawn = rivals.random_architectures(problem, constraints, 10, rivals.Settings())
+    assert drawn == rivals.random_architectures(problem, constraints, 10, rivals.Settings()) and len(set(drawn)) == 10
+    assert all(totals(problem, one)["latency_ms"] <= constraints[0].upper * (1 + 1e-9) for one in drawn)
+    with pytest.raises(InfeasibleError, match="largest reachable"):
+        rivals.random_architectures(problem, constraints_from({"speedup": 99}, problem), 1, rivals.Settings())
+
+
 def test_rivals_choose_among_joint_rows_and_say_where_nothing_fits():
     problem = Problem.from_tables(*joint_tables(), "kl", SCENARIO)
     constraints = constraints_from({"params_fraction": 0.5}, problem)
