@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import stage
+from conftest import ROOT, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -335,6 +335,16 @@ def test_thirty_layers_of_nine_options_are_proven_optimal_in_seconds():
     problem = make_problem(num_layers=30, ffn=[*FFN, "linear"])
     solution = solve(problem, constraints_from({"speedup": 1.8, "memory_fraction": 0.5}, problem), time_limit_s=10)
     assert solution.status == "optimal" and solution.seconds < 10
+
+
+def test_the_sample_tables_are_in_order_and_searched_to_a_proven_optimum():
+    data = ROOT / "data/samples/smollm2-135m"
+    assert not checks.faults(checks.load(data))
+    scores, costs = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs"))
+    problem = Problem.from_tables(scores, costs, "kl", "b64p512g512")
+    solution = solve(problem, constraints_from({"speedup": 1.5}, problem))
+    assert solution.status == "optimal" and solution.speedup >= 1.5
+    assert solution.score < solve(problem, constraints_from({"speedup": 2.0}, problem)).score
 
 
 def test_importing_the_search_does_not_import_torch():
