@@ -124,7 +124,7 @@ class GroupedAttention(nn.Module):
         return self.resid_dropout(output), weights
 
 
-def use_own_mask(attention: nn.Module, config, window: int | None, index: int) -> None:
+def use_own_mask(attention: nn.Module, window: int | None, index: int) -> None:
     """From now on `attention` is called with the mask of its own `window` and cache layer, whatever the model's mask is.
 
     transformers makes one mask of a kind for all layers; here windows differ from layer to layer, and so do cache lengths.
@@ -138,7 +138,7 @@ def use_own_mask(attention: nn.Module, config, window: int | None, index: int) -
         if window and isinstance(cache, DynamicCache):
             _slide(cache, index, window)
         make = create_sliding_window_causal_mask if window else create_causal_mask
-        mask = make(config, hidden_BTD, module.padding_mask, cache, layer_idx=index)
+        mask = make(module.config, hidden_BTD, module.padding_mask, cache, layer_idx=index)
         return args, {**kwargs, "attention_mask": mask}
 
     attention.register_forward_pre_hook(before, with_kwargs=True)
@@ -210,13 +210,13 @@ def _change_attention(layer: nn.Module, config, windowed: bool, index: int, puzz
     attention = get_subblock(layer, modules)
     if projections is None:
         if windowed:
-            use_own_mask(attention, config, config.sliding_window, index)
+            use_own_mask(attention, config.sliding_window, index)
         return
     windowed = windowed or getattr(attention, "attention_type", None) == "local"  # gpt_neo
     grouped = GroupedAttention(attention, config, getattr(config, "num_key_value_heads", attention.num_heads), projections, index)
     if windowed:
         config.sliding_window = getattr(config, puzzle["window"])
-        use_own_mask(grouped, config, config.sliding_window, index)
+        use_own_mask(grouped, config.sliding_window, index)
     set_subblock(layer, modules, grouped)
 
 
@@ -245,7 +245,7 @@ class _PerLayer:
         """Where one layer makes its own mask, all do, since the model's is sized for some other layer's cache."""
         for index, attention in enumerate(attentions):
             if not hasattr(attention, "window") and not isinstance(attention, (NoOpAttention, LinearAttention)):
-                use_own_mask(attention, config, window_of(config, index), index)
+                use_own_mask(attention, window_of(config, index), index)
         names = list(inspect.signature(self.base_model.forward).parameters)
 
         def before(module, args, kwargs):
@@ -256,6 +256,20 @@ class _PerLayer:
 
         self.base_model.register_forward_pre_hook(before, with_kwargs=True)
         self.create_masks_for_generate = _padding_alone
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        self._tell_layers("_attn_implementation_internal")
+
+    def set_experts_implementation(self, *args, **kwargs):
+        super().set_experts_implementation(*args, **kwargs)
+        self._tell_layers("_experts_implementation_internal")
+
+    def _tell_layers(self, key: str) -> None:
+        """Layers that deviate have configs of their own, which transformers does not look for."""
+        for module in self.get_submodule(self.config.puzzle["layers"]).modules():
+            if hasattr(module, "config"):
+                setattr(module.config, key, getattr(self.base_model.config, key))
 
     def _get_static_cache_init_shape(self):
         """Layers without attention take no room in a static cache either."""

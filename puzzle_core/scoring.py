@@ -108,13 +108,14 @@ class Scorer:
 
     def _last_hidden(self, input_ids_BT: Tensor, hidden_BTD: Tensor | None, replacements: list[Mapping[str, nn.Module]]) -> Tensor:
         """The last hidden states of the parent with each of `replacements`, all through the layers above at once: [K, B, T, D]."""
-        args, kwargs = layer_call(self.parent, input_ids_BT, hidden_BTD, self.layer)  # once: making a mask waits for the GPU
         outputs = []
-        for modules in replacements:
-            with contextlib.ExitStack() as stack:
-                for subblock, module in modules.items():
-                    stack.enter_context(swapped(self.parent, self.layer, subblock, module))
-                outputs.append(first(self.parent.layers[self.layer](*args, **kwargs)))
+        with self.parent.present(self.layer):
+            args, kwargs = layer_call(self.parent, input_ids_BT, hidden_BTD, self.layer)  # once: making a mask waits for the GPU
+            for modules in replacements:
+                with contextlib.ExitStack() as stack:
+                    for subblock, module in modules.items():
+                        stack.enter_context(swapped(self.parent, self.layer, subblock, module))
+                    outputs.append(first(self.parent.layers[self.layer](*args, **kwargs)))
         num, (num_rows, _) = len(outputs), input_ids_BT.shape
         stacked = last_hidden(self.parent, input_ids_BT.repeat(num, 1), torch.cat(outputs), self.layer + 1)
         return stacked.unflatten(0, (num, num_rows))

@@ -204,6 +204,16 @@ def test_generate_gives_the_same_tokens_with_a_cache_and_with_padding(name):
     assert torch.equal(child.generate(padded, attention_mask=(padded != 0).long(), **options)[:, 3:], uncached)
 
 
+@every_parent
+@torch.no_grad()
+def test_another_attention_implementation_reaches_the_layers_that_differ_too(name):
+    child = copy.deepcopy(child_of(name, "all", "mixed"))
+    child.set_attn_implementation("eager")
+    configs = [module.config for module in child.get_submodule(parent_of(name).family.layers).modules() if hasattr(module, "config")]
+    assert {config._attn_implementation for config in [*configs, child.config]} == {"eager"}
+    torch.testing.assert_close(child(IDS).logits, child_of(name, "all", "mixed")(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
 @every_child
 @torch.no_grad()
 def test_a_saved_child_loads_with_the_same_logits(name, subblock, variant, tmp_path):

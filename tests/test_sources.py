@@ -8,12 +8,14 @@ import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
-from conftest import PICO, pico_parent
+from conftest import EXCERPT, PICO, pico_parent
 from test_config import composed
 
 import stages.bld
 import stages.profile_hardware
 import stages.score
+from puzzle_core import scoring
+from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES
 from puzzle_core.parents import Parent, load_parent
 from puzzle_core.plan import plan
@@ -172,6 +174,17 @@ def count_reads(parent: Parent) -> list[str]:
     reading = type("Reading", (), {"__getitem__": lambda _, name: read.append(name) or tensors[name]})()
     object.__setattr__(parent.shards, "tensors", reading)
     return read
+
+
+def test_scoring_a_parent_in_parts_reads_the_replaced_layer_and_those_above_once_a_batch(folder, pico):
+    parts = load_parent("directory", path=str(folder), memory_gib=budget(pico) / GIB, in_parts=True)
+    settings = scoring.Settings(256, 64, 4, ["kl"])
+    scorer = scoring.Scorer(parts, scoring.make_tests(parts, Corpus(parts.tokenizer, EXCERPT), settings, {"kl"}))
+    scorer.climb(2)
+    read = count_reads(parts)
+    _, peak = peak_while(parts, lambda: scorer.sums([{s: pico.module(2, s)} for s in ("attention", "ffn", "ffn")]))
+    above = [f"model.layers.{layer}.{name}" for layer in (2, 3) for name, _ in pico.layers[layer].named_parameters()]
+    assert sorted(read) == sorted(above) and peak <= budget(pico)
 
 
 def test_a_forward_that_is_broken_off_leaves_no_layer_in_memory(folder, pico):
