@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from puzzle_core import cards
+from puzzle_core.spec import Solution
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
@@ -52,7 +53,7 @@ def write_into(page: str, section: str, text: str) -> None:
 
 def main() -> None:
     metrics = {row: json.loads((ROOT / f"data/metrics/{row}.json").read_text()) for row in ROWS}
-    solution = json.loads((ROOT / "data/chosen.json").read_text())
+    solution = Solution.from_json(json.loads((ROOT / "data/chosen.json").read_text()))
     presets = yaml.safe_load((ROOT / "params.yaml").read_text())["use"]
     versions = {name: version(name) for name in ("torch", "transformers", "ortools")}
     result = {
@@ -60,12 +61,12 @@ def main() -> None:
         "machine": machine(),
         "versions": versions,
         "presets": presets,
-        "scenario": solution["scenario"],
-        "constraints": {c["name"]: c["limit"] for c in solution["constraints"]},
+        "scenario": str(solution.scenario),
+        "constraints": list(map(str, solution.constraints)),
         "metrics": metrics,
     }
     save_result("demo", result)
-    limits = ", ".join(f"{c['name']} {c['limit']:g}" for c in solution["constraints"])
+    limits = ", ".join(result["constraints"])
     caption = (
         f"Parent {presets['parent']}, asked for {limits}, workload {result['scenario']} (batch, prompt, generated tokens), "
         f"on {result['machine']}; torch {versions['torch']}. Written by `python -m benchmarks.demo` after `make run`."

@@ -122,7 +122,7 @@ def test_an_all_parent_child_is_a_stock_checkpoint_bit_equal_to_the_parent(paren
 def solution_of(chosen: Architecture) -> Solution:
     totals = {"latency_ms": 5.0, "memory_mib": 3.0, "num_params": 1000.0}
     parent_totals = {name: 2 * value for name, value in totals.items()}
-    constraints = (Constraint("speedup", 1.5, "latency_ms", 6.7),)
+    constraints = (Constraint("speedup", 1.5, "latency_ms", 6.7), Constraint("memory_mib", 0.75, "memory_mib", 4.5, relative=True))
     return Solution(chosen, Scenario(2, 16, 4), "kl", 0.25, 0.25, "optimal", 0.0, totals, parent_totals, constraints)
 
 
@@ -143,7 +143,8 @@ def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement
     results = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert results == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0, "accuracy": 0.6}
     rows = ("| 2.00 × | 5 |", "| 1.88 × | 10 |", "| 2 | kv1 | no_op |", "| this child | 0.600 ± 0.010 | 90.0% ± 5.0% |")
-    for words in ("at revision abc", "Asked for: speedup 1.5", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
+    asked = "Asked for: speedup 1.5, memory_mib 75%"
+    for words in (asked, "at revision abc", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
         assert words in card.text, words
     assert ("apache-2.0" if license else "not recorded") in card.text
     assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text
