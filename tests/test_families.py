@@ -16,7 +16,7 @@ from conftest import EXCERPT, pico_parent, variants
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from puzzle_core import bld, costs, scoring, tables
-from puzzle_core.children import make_child, save_child, verify_reload
+from puzzle_core.children import make_child, save_child
 from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES, SIZED, Family, family_for
 from puzzle_core.modeling_puzzle import GroupedAttention, get_subblock
@@ -277,12 +277,6 @@ def test_our_attention_with_all_heads_is_the_family_s_own():
             call = calls(parent, layer)[ATTENTION]
             if getattr(original, "attention_type", "") != "local":  # whose window is a mask, see the window variants
                 torch.testing.assert_close(call.replay(ours.eval()), call.output_BTD, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_children_of_a_fused_multi_head_parent_load_where_the_project_is_not(tmp_path):
-    save_child(child_of("gpt2", "all", "mixed"), parent_of("gpt2").tokenizer, tmp_path / "child")
-    verify_reload(child_of("gpt2", "all", "mixed"), tmp_path / "child", IDS)
 
 
 def test_a_llama_like_family_is_one_line(monkeypatch, tmp_path):
