@@ -8,6 +8,7 @@ import torch
 from conftest import architecture, pico_parent, variants
 from test_export import bpe
 
+from benchmarks import costs as benchmark
 from puzzle_core import costs, plots, serving, tables, turns
 from puzzle_core.children import make_child
 from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Workload
@@ -232,3 +233,11 @@ def test_llama_cpp_is_timed_with_what_it_can_load(capsys):
     assert (value.xs("decode_ms", level="metric") > 0).any()
     with pytest.raises(ValueError, match="times one sequence at a time"):
         profile(parent, space, SCENARIO, backend=backend)
+
+
+def test_the_benchmark_compares_children_with_their_predictions(capsys):
+    found = benchmark.compare("pico", torch.device("cpu"), Scenario(1, 8, 4), "pico", QUICK, requests=1)
+    assert len(found["architectures"]) >= 8 and found["error"]["memory_mib"]["worst"] < 1e-9
+    for row in found["architectures"].values():
+        assert row["latency_ms"]["error"] == row["latency_ms"]["predicted"] / row["latency_ms"]["realised"] - 1
+    assert "pico memory_mib: median error 0.0%, worst 0.0% (5 %, 10 %: met)" in capsys.readouterr().out
