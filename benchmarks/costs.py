@@ -114,8 +114,10 @@ def compare(name: str, device: torch.device, scenario: Scenario, preset: str, ba
             realised = {**found["child"], "speedup": found["parent"]["latency_ms"] / found["child"]["latency_ms"]}
             errors = {total: predicted[total] / realised[total] - 1 for total in SHOWN}
             shown = {total: {"predicted": predicted[total], "realised": realised[total], "error": errors[total]} for total in SHOWN}
-            rows[title] = {**shown, "parent_latency_ms": found["parent"]["latency_ms"]}
+            beside = {f"parent_{total}": found["parent"][total] for total in ("latency_ms", "prefill_ms", "decode_ms")}
+            rows[title] = {**shown, **beside}
             cells = [f"{total} {predicted[total]:.4g} / {realised[total]:.4g} ({errors[total]:+.1%})" for total in SHOWN]
+            cells += [f"{total} {value:.4g}" for total, value in beside.items()]
             print(f"{title}: {', '.join(cells)}", flush=True)
             del child
     absolute = {total: [abs(row[total]["error"]) for row in rows.values()] for total in JUDGED}
