@@ -145,6 +145,14 @@ def test_without_the_zero_ffn_llama_cpp_would_lose_the_attention(tmp_path, monke
     assert (LlamaCpp(tmp_path / "child.gguf").next(PROMPT) - expected).abs().max() > 0.1
 
 
+def test_llama_cpps_loader_of_the_familys_own_architecture_refuses_layers_whose_widths_alone_differ(tmp_path, monkeypatch):
+    _, export = saved(tmp_path, ("parent w80", P, P, "parent w48"))
+    monkeypatch.setattr(export_gguf, "DECI", gguf.MODEL_ARCH.LLAMA)
+    export_gguf.write(export, tmp_path / "child.gguf", "float32")
+    with pytest.raises(RuntimeError, match="Failed to init server"):  # when it loads, deci is needed for skipped subblocks only
+        LlamaCpp(tmp_path / "child.gguf")
+
+
 def test_the_file_has_the_sizes_and_parameters_of_the_child(tmp_path):
     child, export = saved(tmp_path, MIXED)
     export_gguf.write(export, tmp_path / "child.gguf", "float16")
