@@ -53,7 +53,9 @@ def start() -> str:
     for name in ("python", "dvc"):
         (folder / name).write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
         (folder / name).chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, folder / "socket"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a fork cannot use a GPU that its parent has asked for
+    command = [sys.executable, __file__, folder / "socket"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdout.readline() == b"ready\n"
     _started.extend([made, server])  # the server ends when its standard input is closed
     return made.name
