@@ -32,10 +32,12 @@ def geometry(name: str) -> dict:
     return {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": True, **GEOMETRIES[name]}
 
 
-def random_parent(name: str, dtype: str, device: torch.device) -> Parent:
-    """A parent of that geometry, its weights drawn on `device` itself: a CPU takes a minute for a billion of them."""
+def random_parent(name: str, dtype: str, device: torch.device, most_layers: int = 0) -> Parent:
+    """A parent of that geometry, of `most_layers` if given; its weights are drawn on `device`: a CPU takes a minute for a billion."""
+    config = geometry(name)
+    config["num_hidden_layers"] = min(config["num_hidden_layers"], most_layers or config["num_hidden_layers"])
     with device:
-        return load_parent("random", dtype=dtype, device=device, config=geometry(name))
+        return load_parent("random", dtype=dtype, device=device, config=config)
 
 
 class RandomTokens:
