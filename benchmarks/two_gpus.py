@@ -6,7 +6,7 @@
 Weights are random. BLD and scoring of a large geometry take its lowest `--layers` layers: a parent of that many. Everything is
 done twice in each number of processes and timed the second time, so compiling is not in it; a time is that of the slowest
 process, from all ready to the table. GKD is timed over its last steps, the same batch divided over the processes, in shards
-(FSDP2) where there are several; on one GPU a geometry that needs more than there is is not run. NVLink multicast stays off.
+(FSDP2) where there are several GPUs; on one GPU a geometry that needs more than there is is not run. NVLink multicast stays off.
 Each figure is printed, and docs/results/two_gpus.json written, as soon as it is known.
 """
 import argparse
@@ -29,6 +29,7 @@ from benchmarks.demo import ROOT
 from benchmarks.gkd import WARMUP, random_child, timed
 from benchmarks.machine import RandomTokens, now, random_parent, write_results
 from puzzle_core import bld, gkd, ranks, scoring, tables
+from puzzle_core.files import write_json
 from puzzle_core.launcher import is_launched
 from puzzle_core.parents import Parent, pick_device
 from puzzle_core.plan import BYTES_PER_TRAINED
@@ -120,7 +121,7 @@ def worker(options: argparse.Namespace) -> None:
                 path = Path(options.folder) / f"{name}-{part}-{mine.world_size}"
                 if table is not None:
                     table.to_parquet(path.with_suffix(".parquet"))
-                path.with_suffix(".json").write_text(json.dumps(figures))
+                write_json(path.with_suffix(".json"), figures)
                 print(f"{name}, {part}, {mine.world_size} processes: {figures}", flush=True)
 
         for name in options.parents.split(","):
@@ -169,8 +170,11 @@ def main(arguments: list[str] | None = None) -> dict:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
             command = [*torchrun, "-m", "benchmarks.two_gpus", *asked, f"--folder={folder}"]
             process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "NCCL_NVLS_ENABLE": "0"})
-            while process.poll() is None or read_all(Path(folder), results["figures"], world_size, begun):
-                write_results("two_gpus", results, pick_device())
+            running = True
+            while running:
+                running = process.poll() is None
+                if read_all(Path(folder), results["figures"], world_size, begun):
+                    write_results("two_gpus", results, pick_device())
                 time.sleep(0.5)
             if process.returncode:
                 raise SystemExit(f"{world_size} processes failed; what was measured before is in docs/results/two_gpus.json")
