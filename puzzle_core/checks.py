@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
-from puzzle_core.tables import SCHEMAS
+from puzzle_core.tables import SCHEMAS, check
 
 BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token")
 REQUIRED = ("scores", "costs")
@@ -39,6 +39,8 @@ def faults(tables: dict[str, pd.DataFrame]) -> list[str]:
     for name, table in tables.items():
         alone = list(_columns(name, table))
         found += alone or list(_cells(name, table))
+    if not found:  # what is not explained above, the schemas still refuse
+        found += [str(error) for error in map(_refusal, tables, tables.values()) if error]
     if not found:
         found += _parents(tables["scores"])
         found += _costs_of_scores(tables["scores"], tables["costs"])
@@ -46,6 +48,14 @@ def faults(tables: dict[str, pd.DataFrame]) -> list[str]:
         if "library" in tables:
             found += _library(tables["scores"], tables["library"])
     return found
+
+
+def _refusal(name: str, table: pd.DataFrame) -> ValueError | None:
+    try:
+        check(name, table)
+    except ValueError as error:
+        return error
+    return None
 
 
 def summary(tables: dict[str, pd.DataFrame]) -> str:

@@ -160,14 +160,20 @@ def frontier(
 ) -> list[Solution]:
     """The best score at `points` limits of the constraint `name`, evenly spaced; the other `limits` hold at each.
 
-    From `loosest` (where it stops to bind) to `tightest` (what can be reached). Each solution starts from the one before.
+    From `loosest` (where it stops to bind) to `tightest` (what can be reached). Each solution starts from the one before, and has an
+    equal share of what is left of `time_limit_s`, which is for everything together.
     """
+    deadline = time.perf_counter() + time_limit_s
+
+    def share_s(num_left: int) -> float:
+        return max(0.0, deadline - time.perf_counter()) / num_left
+
     if points < 2:
         raise ValueError(f"frontier.points is {points}; expected at least 2")
     others = constraints_from({key: limit for key, limit in limits.items() if key != name}, problem)
     total, sense, _ = lookup(name, problem)
-    loose = solve(problem, others, time_limit_s)
-    tight = solve(problem, others, time_limit_s, objective=name)
+    loose = solve(problem, others, share_s(points + 2))
+    tight = solve(problem, others, share_s(points + 1), objective=name)
     (probe,) = constraints_from({name: 1.0}, problem)
 
     def limit_at(found: Solution, given: float | None) -> float:
@@ -180,9 +186,9 @@ def frontier(
     if not all(0 < end < math.inf for end in ends):
         raise ValueError(f"the frontier of {name} runs from {ends[1]:g} to {ends[0]:g}; set frontier.loosest and frontier.tightest")
     solutions, rows = [], problem.rows_of(tight.architecture)
-    for limit in np.linspace(*ends, points):
+    for number, limit in enumerate(np.linspace(*ends, points)):
         constraints = (*others, *constraints_from({name: float(limit)}, problem))
-        solution = solve(problem, constraints, time_limit_s, start=rows)
+        solution = solve(problem, constraints, share_s(points - number), start=rows)
         rows = problem.rows_of(solution.architecture)
         solutions.append(solution)
     return solutions[::-1]

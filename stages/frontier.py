@@ -20,7 +20,8 @@ def run(cfg):
     write_json(out / "frontier.json", [point.to_json() for point in points])
     rows = [{"limit": point.constraints[-1].limit, "score": point.score, "gap": point.gap, **point.predicted()} for point in points]
     write_json(out / "plots" / "frontier.json", rows)
-    plots.frontier_picture(rows, name, problem.metric, out / "plots" / "frontier.png", f"{problem.metric} lost on {problem.scenario}")
+    title = f"{problem.metric} lost on {problem.scenario}, {problem.source} costs"
+    plots.frontier_picture(rows, name, problem.metric, out / "plots" / "frontier.png", title)
     proven = sum(point.status == "optimal" for point in points)
     ends = f"{name} {rows[0]['limit']:.4g} to {rows[-1]['limit']:.4g}, {problem.metric} {points[0].score:.4g} to {points[-1].score:.4g}"
     print(f"frontier: {len(points)} points, {proven} proven optimal: {ends}; {points[0].priced}")

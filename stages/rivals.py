@@ -17,9 +17,10 @@ def run(cfg):
     problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Workload, cfg.workload).scenario))
     constraints = constraints_from(plain(cfg.constraints), problem)
     entries = rivals.compete(problem, constraints, fill(rivals.Settings, cfg.rivals))
-    write_json(out / "rivals.json", [entry.to_json() for entry in entries])
+    rows = [{**entry.to_json(), "source": problem.source, "hardware": problem.hardware} for entry in entries]
+    write_json(out / "rivals.json", rows)
     title = ", ".join(map(str, constraints)) or "no constraint"
-    plots.rivals_picture([entry.to_json() for entry in entries], problem.metric, out / "plots" / "rivals.png", title)
+    plots.rivals_picture(rows, problem.metric, out / "plots" / "rivals.png", f"{title}, {problem.source} costs")
     print(rivals.table(entries, problem.totals_there))
     costs_of = f"{problem.source} costs of {problem.hardware}"
     print(f"rivals: {title} on {problem.scenario}, total {problem.metric}; {costs_of}; {out}/rivals.json, {out}/plots/rivals.png")

@@ -511,6 +511,21 @@ def test_every_point_of_a_frontier_is_what_a_search_of_its_own_finds(name):
         assert point.score == pytest.approx(alone.score, rel=1e-9) and point.status == "optimal"
 
 
+def test_the_points_of_a_frontier_share_the_time_limit(monkeypatch):
+    shares, late_s = [], [0.0]
+    monkeypatch.setattr(search.time, "perf_counter", lambda: late_s[0])
+
+    def slow(problem, constraints, time_limit_s, **kwargs):
+        shares.append(time_limit_s)
+        found = solve(problem, constraints, 10.0, **kwargs)
+        late_s[0] += 1.0  # whatever it was given
+        return found
+
+    monkeypatch.setattr(search, "solve", slow)
+    frontier(make_problem(), {}, "speedup", points=4, time_limit_s=12.0)
+    assert shares == [12 / 6, 11 / 5, 10 / 4, 9 / 3, 8 / 2, 7.0]
+
+
 def test_rivals_keep_the_limits_and_none_beats_the_mip():
     problem = make_problem(num_layers=8)
     constraints = constraints_from({"speedup": 1.5, "memory_fraction": 0.8}, problem)
@@ -574,6 +589,8 @@ def test_the_checker_names_the_rows_of_scores_and_the_way_to_mend_them(spoil, wo
         ("variant != 'x'", {"value": -1.0}, ["costs less than nothing"]),
         ("variant != 'x'", {"scenario": "batch 8"}, ["has no scenario id", "b8p512g128"]),
         ("variant != 'x'", {"value": "1"}, ["expected floats"]),
+        ("variant != 'x'", {"metric": lambda costs: costs["metric"].str.upper()}, ["does not fit its schema", "DECODE_MS"]),
+        ("variant != 'x'", {"spread": -1.0}, ["does not fit its schema", "spread"]),
     ],
 )
 def test_the_checker_names_what_is_wrong_with_costs(query, changed, words):
@@ -618,6 +635,7 @@ def test_the_commands_write_their_tables_and_pictures(tmp_path):
     assert "max_parameters" in stage("rivals", *where, "rivals.rl_steps=20").stdout
     for row in json.loads((tmp_path / "rivals.json").read_text()):
         assert row["architecture"] is None or len(Architecture.from_json(row["architecture"]).layers) == 4
+        assert (row["source"], row["hardware"]) == (points[0]["source"], points[0]["hardware"]) == ("measured", "test")
     assert (tmp_path / "plots" / "frontier.png").exists() and (tmp_path / "plots" / "rivals.png").exists()
     tables.write("costs", tables.read("costs", tmp_path / "costs.parquet").query("variant != 'kv1'"), tmp_path / "costs.parquet")
     failed = stage("check", *where, check=False)
