@@ -22,6 +22,9 @@ COLUMNS = {
     "top1_agreement": ("same next token", "{:.0%}"),
 }
 
+ASSEMBLED = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
+DISTILLED = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
+
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Rows of metrics by title, as Markdown; what a row does not know stays empty."""

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ with torch.no_grad():
 
 
 @torch.no_grad()
-def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor) -> None:
+def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor | np.ndarray) -> None:
     """Load the checkpoint in a process that cannot import this project; ValueError unless its logits are the child's."""
+    input_ids = torch.as_tensor(input_ids, device=child.device)
     with tempfile.TemporaryDirectory() as directory:
         batch = Path(directory) / "batch.safetensors"
         save_file({"input_ids": input_ids, "logits": child(input_ids=input_ids, use_cache=False).logits}, batch)

@@ -1,20 +1,15 @@
 """Choose the pool's best, build its child, prove that the child loads anywhere, measure it beside the parent."""
 from pathlib import Path
 
-import torch
-
-from puzzle_core import cards, evaluation, realised, tables
+from puzzle_core import cards, evaluation, plots, realised, tables
 from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
-from puzzle_core.plots import predicted_picture
 from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
-
-HOW = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
 
 
 @stage("assemble")
@@ -23,23 +18,22 @@ def run(cfg):
     with lock(out, "assemble"):
         pool = [Solution.from_json(one) for one in read_json(data / "pool.json")]
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
-        library = tables.read("library", data / "library.parquet")
-        weights_of = tables.variant_files(library, data / "blocks")
+        weights_of = tables.variant_files(tables.read("library", data / "library.parquet"), data / "blocks")
         corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), fill(evaluation.Settings, cfg.evaluation)
         reported = settings.batches(corpus)
         solution, compared = realised.best_of(parent, pool, weights_of, corpus, reported, fill(realised.Settings, cfg.realised))
         child = make_child(parent, solution.architecture, weights_of)
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
-            verify_reload(child, part, torch.as_tensor(reported[0][:1], device=parent.device))
+            verify_reload(child, part, reported[0][:1])
             warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
             metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, settings)
-            cards.write(part, parent, solution, metrics, HOW, corpus.name)
+            cards.write(part, parent, solution, metrics, cards.ASSEMBLED, corpus.name)
         for name, row in {**metrics, "predicted": solution.predicted()}.items():
             write_json(out / "metrics" / f"{name}.json", row)
         write_json(out / "chosen.json", solution.to_json())
         write_json(out / "plots" / "pool.json", compared)
-        predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
+        plots.predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
         architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
     print(f"assemble: {realised.choice(compared)}; {out}/child")

@@ -10,8 +10,6 @@ from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
 
-HOW = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
-
 
 @stage("gkd", launches=True)
 def run(cfg):
@@ -31,7 +29,7 @@ def run(cfg):
                     measured_by = fill(evaluation.Settings, cfg.evaluation)
                     warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
                     metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, measured_by)
-                    cards.write(part, parent, solution, metrics, HOW.format(settings.num_tokens, corpus.name), corpus.name)
+                    cards.write(part, parent, solution, metrics, cards.DISTILLED.format(settings.num_tokens, corpus.name), corpus.name)
                 write_json(out / "plots" / "gkd_curve.json", gkd.training_rows(curve))
                 write_json(out / "plots" / "gkd_held_out.json", gkd.held_out_rows(curve))
                 write_json(out / "metrics" / "distilled.json", metrics["child"])
