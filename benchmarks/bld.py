@@ -122,7 +122,7 @@ def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: i
     """All of `train_library` for the lowest layers on a short budget: its time and its peak memory beside what the plan says."""
     corpus, device = RandomTokens(parent.model.config.vocab_size), parent.device
     jobs = [job for job in bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus) if job.layer < num_layers]
-    expected = bld.planned(parent, jobs, settings)
+    expected = bld.planned(parent, bld.wanted_of(jobs), settings)
     emptied(device)
     with tempfile.TemporaryDirectory() as directory:
         start = now(device)
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> dict:
         """Measure our step, uncompiled or compiled; seconds."""
         dtype = str(parent.model.dtype).removeprefix("torch.")
         jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, RandomTokens(2))
-        a_step = bld.planned(parent, jobs, replace(settings, train_tokens=tokens))
+        a_step = bld.planned(parent, bld.wanted_of(jobs), replace(settings, train_tokens=tokens))
         flops, profiled = a_step.training_flops + a_step.parent_flops, options.profile and settings.compile == options.compile
         took = our_steps(parent, space, settings, options.layers_sampled, options.repeats, profiled)
         step_s, floor_s = took["step_s"], flops / rate[dtype]

@@ -5,7 +5,10 @@ Where the hidden states of the whole training budget fit in memory, a window is 
 from where the last window ended; else windows are as large as memory allows, and each runs the parent's layers below it
 again (`plan`). Layers are independent, so ranks share nothing but rows.
 """
+import functools
 import gc
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +17,18 @@ from tqdm import tqdm
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
-from puzzle_core.plan import Plan, plan, work
-from puzzle_core.ranks import ALONE, Ranks
-from puzzle_core.spec import Joint, Variant
-from puzzle_core.subblocks import variant_row
+from puzzle_core.plan import Plan, memory_limit, plan, work
+from puzzle_core.ranks import ALONE, Ranks, divide_in_order
+from puzzle_core.shards import GIB, num_bytes
+from puzzle_core.spec import PARENT, Joint, Variant
+from puzzle_core.subblocks import build_subblock, variant_row
 from puzzle_core.trace import ParentRun
 from puzzle_core.trainees import Job
 from puzzle_core.windows import Settings, Window, unfinished
 
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
+
+Wanted = tuple[int, str, Variant | Joint]  # layer, subblock, variant
 
 
 def jobs(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
@@ -58,7 +64,7 @@ def train_library(
     rows = {job: row for job in wanted if (row := _finished(job, blocks)) is not None}
     missing = sorted((job for job in wanted if job not in rows), key=lambda job: job.layer)
     ranks.wait()  # all know the same rows before anyone makes more
-    for some in ([job for job in missing if not job.halves], [job for job in missing if job.halves]):  # blocks need their halves
+    for some in rounds(missing, lambda job: job.variant):
         rows |= _shared(parent, some, corpus, settings, seed, blocks, ranks)
     if ranks.first:
         for stray in {p.name for p in blocks.iterdir()} - {job.file_name for job in wanted}:
@@ -72,21 +78,31 @@ def _shared(
     parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, ranks: Ranks
 ) -> dict[Job, dict]:
     """Make this rank's share of the missing variants; the rows of all, once every rank has made its own."""
-    shares = work(parent, _variants(missing), settings.budgets, settings.seq_len, len(settings.ridge or []), settings.target)
-    mine = [missing[i] for i in ranks.mine_in_order(*shares)]
+    mine = [missing[i] for i in ranks.mine_in_order(*_work(parent, wanted_of(missing), settings))]
     made = _make(parent, mine, corpus, settings, seed, blocks, show=ranks.first) if mine else {}
     return dict(ranks.gather(list(made.items())))
 
 
-def _variants(some: list[Job]) -> list[tuple[int, str, Variant | Joint]]:
+def wanted_of(some: list[Job]) -> list[Wanted]:
     return [(job.layer, job.subblock, job.variant) for job in some]
 
 
-def planned(parent: Parent, missing: list[Job], settings: Settings) -> Plan:
-    """What it takes to make these variants in one process."""
+def rounds(some: list, variant_of: Callable[[object], Variant | Joint]) -> list[list]:
+    """What is made one after the other: joint blocks need their halves. Neither is empty."""
+    joint = [isinstance(variant_of(one), Joint) for one in some]
+    return [part for now in (False, True) if (part := [one for one, is_joint in zip(some, joint, strict=True) if is_joint is now])]
+
+
+def _work(parent: Parent, wanted: list[Wanted], settings: Settings, **budgets: int) -> tuple[list[float], list[float]]:
+    """See `plan.work`; `budgets` in place of those of the settings."""
+    return work(parent, wanted, settings.budgets | budgets, settings.seq_len, len(settings.ridge or []), settings.target)
+
+
+def planned(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
+    """What it takes to make the variants of one of the `rounds` in one process."""
     return plan(
         parent,
-        _variants(missing),
+        wanted,
         settings.budgets,
         settings.seq_len,
         settings.batch_size,
@@ -98,10 +114,57 @@ def planned(parent: Parent, missing: list[Job], settings: Settings) -> Plan:
     )
 
 
+def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings) -> str:
+    """The whole library's plan as a table, for 1, 8 and 64 processes with a GPU each; `parent` may have no weights.
+
+    What a process does is its fullest rank's: windows, layers that a training token goes through, bytes, FLOPs. Days are FLOPs at
+    `settings.plan_tflops`, with the closed form's in float32 and float64 counted as often as it is slower (`plan.work`).
+    ValueError where one layer does not fit.
+    """
+    wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, variants in space.items() for v in variants]
+    bytes_of = functools.cache(lambda subblock, variant: num_bytes(build_subblock(parent, 0, subblock, variant)))
+    size = sum(bytes_of(s, v) for _, s, v in wanted if v != PARENT)
+    config, limit = parent.model.config.get_text_config(), memory_limit(parent.device, settings.memory_gib)
+    lines = [
+        f"{config.model_type}, {len(spaces)} layers, hidden size {config.hidden_size}, {str(parent.model.dtype).removeprefix('torch.')}: "
+        f"{len(wanted)} variants, {size / GIB:,.1f} GiB on disk; {settings.train_tokens:,} tokens each; "
+        + (f"{limit / GIB:,.4g} GiB of memory" if limit < math.inf else "memory without limit (bld.memory_gib)"),
+        "",
+        "| GPUs | windows | layers run per token | peak GiB | training FLOPs | parent FLOPs | closed form, as FLOPs | days |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for num in (1, 8, 64):
+        total = [0.0] * 7
+        for part in rounds(wanted, lambda one: one[2]):
+            for column, value in enumerate(_fullest(parent, part, settings, num)):
+                total[column] = max(total[column], value) if column == 2 else total[column] + value
+        windows, layers, peak, training, of_parent, closed, flops = total
+        days = flops / (settings.plan_tflops * 1e12) / 86400
+        lines.append(
+            f"| {num} | {windows:.0f} | {layers:.0f} | {peak / GIB:,.1f} | {training:.3g} | {of_parent:.3g} | {closed:.3g} | {days:,.3g} |"
+        )
+    return "\n".join([*lines, "", f"Of the busiest GPU; days at {settings.plan_tflops:g} TFLOP/s (bld.plan_tflops)."])
+
+
+def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int) -> list[float]:
+    """Of `num` ranks the one with most to do: windows, layers run, peak bytes (of any), FLOPs of training, parent, closed form, all."""
+    owner = divide_in_order(*_work(parent, wanted, settings), num)
+    closed, reach = _work(parent, wanted, settings, train=0)
+    rows = []
+    for rank in sorted(set(owner)):
+        mine = [index for index, whose in enumerate(owner) if whose == rank]
+        its = planned(parent, [wanted[index] for index in mine], settings)
+        before = sum(closed[index] for index in mine) + max(reach[index] for index in mine)
+        flops = its.training_flops + its.parent_flops + before
+        rows.append([len(its.windows), its.layer_passes, its.peak_bytes, its.training_flops, its.parent_flops, before, flops])
+    most = max(rows, key=lambda row: row[-1])
+    return [max(row[column] for row in rows) if column == 2 else value for column, value in enumerate(most)]
+
+
 def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
     """Train the missing variants, window by window; the rows of their files."""
     shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
-    it_takes = planned(parent, missing, settings)
+    it_takes = planned(parent, wanted_of(missing), settings)
     batches = {
         "calibration": corpus.batches("train", settings.calibration_tokens, seed=f"bld-calibration-{seed}", **shape),
         "train": corpus.batches("train", settings.train_tokens, seed=f"bld-{seed}", **shape),

@@ -225,29 +225,38 @@ def load_parent(
     license: str | None = None,
     memory_gib: float | None = None,
     in_parts: bool = False,
+    skeleton: bool = False,
 ) -> Parent:
     """Load a parent as its preset in conf/parent/ says.
 
     `source` is hub (`id`, `revision`), directory (`path`), gguf (`path`, or `path` inside an installed `package`;
     dequantised) or random (`config` of a transformers model, `seed`; byte tokenizer). Only safetensors are read.
     Weights that need more than `memory_gib` stay on disk layer by layer, if the caller can work with that (`in_parts`).
+    A `skeleton` has no weights, whatever the device: it is for planning, and reads no more than the config.
     Raises ValueError for an unknown family or a budget that is too small, FileNotFoundError where the weights are not.
     """
     device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
-        if memory_gib is not None:
+        if memory_gib is not None and not skeleton:
             raise ValueError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
-        family_of(config["model_type"])
+        family = family_of(config["model_type"])
         content, origin = "", Origin("random weights", "random weights, for tests", license)
-        model, tokenizer = _random_model(config, seed, torch_dtype).to(device), _byte_tokenizer()
+        if skeleton:
+            model, shards = _skeleton(AutoConfig.for_model(**config), torch_dtype, family, memory_gib)
+        else:
+            model = _random_model(config, seed, torch_dtype).to(device)
+        tokenizer = _byte_tokenizer()
     else:
         place, content, name, text = _located(source, path, package, sha256, id, revision)
         more = {"revision": revision if source == "hub" else None, "trust_remote_code": trust_remote_code}
         family = _family(place, **more)
-        with damage_named(place), _pickles_refused(place, more["revision"]):
-            model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
+        if skeleton:
+            model, shards = _skeleton(AutoConfig.from_pretrained(place, **more), torch_dtype, family, memory_gib, trust_remote_code)
+        else:
+            with damage_named(place), _pickles_refused(place, more["revision"]):
+                model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
         tokenizer = AutoTokenizer.from_pretrained(place, **more)
         origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
     identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
@@ -270,6 +279,17 @@ def _located(
         return file, _sampled_hash(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
     place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
     return place, _sampled_hash(place), file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
+
+
+def _skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, family: Family, memory_gib: float | None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Shards | None]:
+    """The model without weights, and how many of its layers there is room for if not for all."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    max_layers = None if memory_gib is None else layers_that_fit(model, family.layers, memory_gib, in_parts=True)
+    layers = model.get_submodule(family.layers)
+    return model, None if max_layers is None else Shards(layers, family.layers, {}, max_layers, torch.device("meta"))
 
 
 def _read_model(

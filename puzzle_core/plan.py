@@ -24,6 +24,7 @@ class Plan:
     """Which layers train together, and what that takes."""
 
     windows: list[range]
+    layer_passes: int  # how many of the parent's layers each training token goes through, those that windows run again too
     holds_training: bool  # hidden states of the whole budget stay in memory: a window goes on from where the last ended
     num_steps: int  # of all windows
     peak_bytes: int  # of the fullest window
@@ -175,7 +176,7 @@ def plan(
     a_batch = shape.tokens * hidden * itemsize  # its hidden states
     num_batches = {use: -(-tokens // shape.tokens) for use, tokens in budgets.items()}
     fixed = num_bytes(parent.model) + (num_batches["calibration"] + 2 * num_batches["val"]) * a_batch
-    fixed += CUBLAS_BYTES if parent.device.type == "cuda" else 0
+    fixed += CUBLAS_BYTES if parent.device.type != "cpu" else 0  # a parent without weights is planned as for a GPU
     calls = 5 * (num_batches["calibration"] + num_batches["val"]) * a_batch  # what a layer's subblocks see and say
     held = {n: layer.shell_params * itemsize + 2 * a_batch for n, layer in of_layer.items()}  # and a call to measure its cache
     if parent.shards is not None:  # a window holds its own layers and, while it runs those below, one more
@@ -191,7 +192,7 @@ def plan(
         training = sum(layer.params for layer in some) * BYTES_PER_TRAINED + casts + max(layer.step_bytes for layer in some) + 9 * a_batch
         return fixed + sum(held[n] for n in window) + max(initialising, training if num_batches["train"] else 0)
 
-    limit, hiddens = _limit(parent.device, memory_gib), num_batches["train"] * a_batch
+    limit, hiddens = memory_limit(parent.device, memory_gib), num_batches["train"] * a_batch
     smallest = max(peak([n]) for n in layers)
     holds_training = smallest + hiddens <= limit
     if smallest > limit:
@@ -206,6 +207,7 @@ def plan(
     moved += passes * sum(costs_of(s, PARENT).params for s in (ATTENTION, FFN)) * itemsize
     return Plan(
         windows=[range(window[0], window[-1] + 1) for window in windows],
+        layer_passes=passes,
         holds_training=holds_training,
         num_steps=num_steps * len(windows),
         peak_bytes=max(map(peak, windows)) + hiddens * holds_training,
@@ -246,10 +248,13 @@ def work(
     return [of(s, v) for _, s, v in wanted], [below * (layer + 1) for layer, _, _ in wanted]
 
 
-def _limit(device: torch.device, memory_gib: float | None) -> float:
+def memory_limit(device: torch.device, memory_gib: float | None) -> float:
+    """Bytes that BLD may take of `device`: of a parent without weights, those of the GPU that is here, if any."""
     if memory_gib is not None:
         return memory_gib * GIB
-    return 0.9 * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return math.inf
+    return 0.9 * torch.cuda.mem_get_info(device if device.type == "cuda" else None)[1]
 
 
 def _num_held(parent: Parent) -> int:

@@ -54,7 +54,7 @@ class Shards:
     tensors: Mapping[str, Tensor]  # by full name, read when asked for
     max_layers: int
     device: torch.device
-    converted: tempfile.TemporaryDirectory  # what transformers had to convert first; it is there as long as this is
+    converted: tempfile.TemporaryDirectory | None = None  # what transformers had to convert first; it is there as long as this is
 
     @contextlib.contextmanager
     def present(self, *layers: int) -> Iterator[None]:

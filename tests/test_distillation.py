@@ -207,6 +207,28 @@ def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_p
     pd.testing.assert_frame_equal(tables_of[0], tables_of[2])
 
 
+def test_the_dry_run_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_weights(pico):
+    spaces = resolve_layers({**SPACE, "block": ["kv1+w80"]}, pico.model.config, pico.family)
+    wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, some in space.items() for v in some]
+    halves, blocks = [w for w in wanted if w[1] != "block"], [w for w in wanted if w[1] == "block"]
+    plans = [bld.planned(pico, some, SETTINGS) for some in (halves, blocks)]
+    assert bld.rounds(wanted, lambda one: one[2]) == [halves, blocks]
+
+    def rows(parent):
+        lines = [line.split("|")[1:-1] for line in bld.forecast(parent, spaces, SETTINGS).splitlines() if line.startswith("|")]
+        return {int(row[0]): dict(zip([cell.strip() for cell in lines[0]], map(float, row), strict=True)) for row in lines[2:]}
+
+    alone = rows(pico)[1]
+    assert (alone["windows"], alone["layers run per token"]) == (8, 8)
+    assert alone["training FLOPs"] == pytest.approx(sum(p.training_flops for p in plans), rel=0.01)
+    assert alone["parent FLOPs"] == pytest.approx(8 * 2048 * 2 * (64 * 64 * 3 + 3 * 64 * 160 + 64 * 64), rel=0.01)  # and attention
+    skeleton = load_parent("random", config={"model_type": "llama", **PICO_CONFIG}, skeleton=True)
+    assert all(p.is_meta for p in skeleton.model.parameters())
+    without_peak = [{n: {**row, "peak GiB": 0} for n, row in table.items()} for table in (rows(skeleton), rows(pico))]
+    assert without_peak[0] == without_peak[1]
+    assert rows(pico)[8]["days"] < alone["days"]
+
+
 @pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 3, 8, 6)])
 def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch, settled, layer, killed_at, saved_at):
     settings = replace(SETTINGS, save_every_steps=3, eval_every_steps=1, settled=settled)

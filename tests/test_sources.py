@@ -3,6 +3,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import huggingface_hub.constants
 import pandas as pd
@@ -18,7 +19,7 @@ from puzzle_core import scoring
 from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES
 from puzzle_core.parents import Parent, load_parent
-from puzzle_core.plan import plan
+from puzzle_core.plan import CUBLAS_BYTES, plan
 from puzzle_core.spec import Variant
 from puzzle_core.trace import ParentRun, layer_inputs
 
@@ -209,7 +210,7 @@ def test_a_budget_that_cannot_work_says_what_is_needed(folder, pico):
 
 
 @pytest.mark.parametrize(("num_layers", "windows"), [(1, "one layer each"), (3, "two layers, those below run again")])
-def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folder, pico, tmp_path, monkeypatch, num_layers, windows):
+def test_bld_makes_the_library_of_a_parent_in_parts_within_its_budget(folder, pico, tmp_path, monkeypatch, capsys, num_layers, windows):
     peaks, tables, limit = [], {}, budget(pico, num_layers)
     parts = load_parent("directory", path=str(folder), memory_gib=limit / GIB, in_parts=True)
     wanted = [(n, s, v) for n in range(4) for s, v in (("attention", Variant("kv", 1)), ("ffn", Variant("w", 80)))]
@@ -217,6 +218,9 @@ def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folde
     if num_layers == 1:
         with pytest.raises(ValueError, match="room for one layer.*raise parent.memory_gib"):
             plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, (planned.peak_bytes - 1) / GIB)
+    skeleton = load_parent("directory", path=str(folder), memory_gib=limit / GIB, skeleton=True)
+    sketched = plan(skeleton, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, None)
+    assert sketched == replace(planned, peak_bytes=planned.peak_bytes + CUBLAS_BYTES)  # planned as for a GPU
     bld_gib = "null" if num_layers == 1 else (planned.peak_bytes - 1) / GIB  # then the hidden states do not fit
     load = stages.bld.load_parent
 
@@ -234,6 +238,9 @@ def test_bld_makes_the_same_library_of_a_parent_in_parts_within_its_budget(folde
         stages.bld.run(config(folder, tmp_path / how, memory_gib, *space, f"+bld.memory_gib={bld_gib if how == 'parts' else 'null'}"))
         tables[how] = pd.read_parquet(tmp_path / how / "library.parquet")
     assert max(peaks) == limit
+    peaks.clear()
+    stages.bld.run(config(folder, tmp_path / "dry", limit / GIB, *space, "bld.plan_only=true"))
+    assert not peaks and not (tmp_path / "dry").exists() and "| 1 | 4 | 4 | " in capsys.readouterr().out
     pd.testing.assert_frame_equal(tables["parts"], tables["whole"])
     for file in (tmp_path / "whole" / "blocks").iterdir():
         assert file.read_bytes() == (tmp_path / "parts" / "blocks" / file.name).read_bytes()
