@@ -14,6 +14,7 @@ from conftest import ROOT, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import rivals as benchmark
 from puzzle_core import checks, mip, rivals, search, tables
 from puzzle_core.constraints import CONSTRAINTS, constraints_from
 from puzzle_core.problem import Problem
@@ -559,6 +560,19 @@ def test_rivals_choose_among_joint_rows_and_say_where_nothing_fits():
     entries = {e.method: e for e in rivals.compete(problem, constraints, rivals.Settings(rl_steps=50))}
     assert entries["rl"].architecture.joint and entries["greedy"].architecture.joint
     assert entries["uniform"].architecture is None and "nothing that fits" in rivals.table(list(entries.values()), ["num_params"])
+
+
+def test_the_benchmark_of_rivals_puts_the_least_joint_kl_first():
+    found = {"score": 2.0, "gap": 0.5, "latency_ms": 5.0, "seconds": 1.0}
+    entries = [
+        {"method": "uniform", "seconds": 0.0, "score": None, "gap": None, "joint_kl": None},
+        {**found, "method": "mip", "joint_kl": 3.0},
+        {**found, "method": "max_parameters", "joint_kl": 2.5},
+    ]
+    text = benchmark.table(entries, parent_ms=10.0)
+    lines = text.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["max parameters", "mip", "uniform"]
+    assert lines[0] == "| max parameters | 2.000 | 50.00% | 2.500 | 2.00 | 1.0 |" and "nothing that fits" in lines[2]
 
 
 @pytest.mark.parametrize(
