@@ -1,4 +1,5 @@
 """Initialisation, training, scoring and healing do what their formulas say, on the pico parent."""
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ from conftest import EXCERPT, PICO_CONFIG, architecture, variants
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks import bld as benchmark
+from benchmarks import demo
 from puzzle_core import bld, costs, coupling, evaluation, gkd, learners, quality, realised, scoring, search, surgery, tables, windows
 from puzzle_core.children import load_child, make_child, save_child, verify_reload
 from puzzle_core.corpus import Corpus
@@ -227,6 +230,18 @@ def test_the_dry_run_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_wei
     without_peak = [{n: {**row, "peak GiB": 0} for n, row in table.items()} for table in (rows(skeleton), rows(pico))]
     assert without_peak[0] == without_peak[1]
     assert rows(pico)[8]["days"] < alone["days"]
+
+
+def test_the_benchmark_times_the_steps_of_bld_and_of_the_naive_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "matmul_flops_per_s", lambda device, dtype: 1e11)  # slow to measure, and not what is tested
+    monkeypatch.setattr(benchmark, "bytes_per_s", lambda device: 1e10)
+    benchmark.main(["--parents", "pico", "--seq-len", "32", "--batch-size", "2", "--repeats", "1", "--layers-sampled", "1"])
+    figures = json.loads((tmp_path / "docs/results/bld.json").read_text())["figures"]["parents"]["pico"]
+    ours, naive = figures["float32"], figures["naive loop, float32"]
+    assert naive["float32_is_times_faster"] == naive["step_s"] / ours["step_s"]
+    assert ours["utilisation"] == pytest.approx(ours["flops"] / 1e11 / ours["step_s"]) and ours["tokens_per_s"] == 64 / ours["step_s"]
+    assert figures["memory"]["windows"] == figures["memory"]["layers"] == 1 and figures["memory"]["planned_gib"] > 0
 
 
 @pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 3, 8, 6)])
