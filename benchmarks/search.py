@@ -1,6 +1,6 @@
 """How fast the search proves its answers, beside CBC, and how close reinforcement learning comes.
 
-    python -m benchmarks.search      # needs `pip install pulp`; prints the table, writes docs/results/search.json
+    python -m benchmarks.search      # needs `pip install pulp`; writes docs/results/search.json, and the table in docs/search.md
 
 The instances are synthetic, made here from a seed. The sample library is data/samples/ where there is one, else synthetic
 too: scores and costs shaped like measured ones (docs/search.md), but of no model. Everything runs on one thread.
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pulp
 
-from benchmarks.demo import ROOT, machine, save_result
+from benchmarks.demo import ROOT, machine, save_result, write_into
 from puzzle_core import mip, rivals, search, tables
 from puzzle_core.constraints import constraints_from
 from puzzle_core.problem import Problem
@@ -231,7 +231,9 @@ def main() -> None:
         "results": {name: {"minimum": floor, **found} for name, (floor, found) in results.items()}, "table": text,
     }  # fmt: skip
     save_result("search", result)
-    print(f"{text}\n\nSample library: {what}. {result['machine']}; ortools {versions['ortools']}, CBC of pulp {versions['pulp']}.")
+    page = f"{text}\n\nSample library: {what}. {result['machine']}; ortools {versions['ortools']}, CBC of pulp {versions['pulp']}."
+    print(page)
+    write_into("docs/search.md", "search", page)
 
 
 if __name__ == "__main__":
