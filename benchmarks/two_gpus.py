@@ -118,10 +118,10 @@ def worker(options: argparse.Namespace) -> None:
 
         def say(part: str, table: pd.DataFrame | None, figures: dict) -> None:
             if mine.first:
-                path = Path(options.folder) / f"{name}-{part}-{mine.world_size}"
+                path = f"{options.folder}/{name}-{part}-{mine.world_size}"  # no with_suffix: names have dots
                 if table is not None:
-                    table.to_parquet(path.with_suffix(".parquet"))
-                write_json(path.with_suffix(".json"), figures)
+                    table.to_parquet(f"{path}.parquet")
+                write_json(f"{path}.json", figures)
                 print(f"{name}, {part}, {mine.world_size} processes: {figures}", flush=True)
 
         for name in options.parents.split(","):
