@@ -34,6 +34,13 @@ def register_params(root: Path = ROOT) -> None:
     ConfigStore.instance().store(name="params", node={"defaults": [*presets, "_self_"], **params})
 
 
+def composed(*overrides: str) -> DictConfig:
+    """The whole config, as a stage's command has it with these `overrides`: for scripts. `out` must be among them."""
+    register_params()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
 def declared_keys(stage: str, root: Path = ROOT) -> set[str]:
     """Top-level config keys that dvc.yaml lists under `params:` of `stage`; none of a command that is no stage."""
     keys = set()

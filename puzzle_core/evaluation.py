@@ -64,11 +64,15 @@ def by_domain(parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, s
 def accuracies(parent: PreTrainedModel, child: PreTrainedModel, tokenizer, settings: Settings) -> dict[str, dict[str, float]]:
     """Accuracy on each task with its standard error, chance, and the share of the parent's accuracy over chance that the child
     has: of each task, and of all together (`accuracy_retained`). A share is left out where the parent does not beat chance."""
-    rows: dict[str, dict[str, float]] = {"parent": {}, "child": {}}
     if not settings.tasks:
-        return rows
+        return {"parent": {}, "child": {}}
     exam = Exam([Task.of(*entry) for entry in settings.tasks.items()], settings.task_batch_size)
-    of_parent, of_child = (exam.ask(model, tokenizer) for model in (parent, child))
+    return accuracy_rows(*(exam.ask(model, tokenizer) for model in (parent, child)))
+
+
+def accuracy_rows(of_parent: dict[str, Answers], of_child: dict[str, Answers]) -> dict[str, dict[str, float]]:
+    """`accuracies` of what both answered, by task."""
+    rows: dict[str, dict[str, float]] = {"parent": {}, "child": {}}
     for name, answers in (("parent", of_parent), ("child", of_child)):
         for task, of_task in answers.items():
             rows[name] |= {f"{task}_accuracy": of_task.accuracy, f"{task}_accuracy_stderr": of_task.stderr}

@@ -4,12 +4,11 @@ import pytest
 import yaml
 from conftest import PICO, ROOT
 from dvc.utils.serialize import load_yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from puzzle_core import bld, costs, gkd, scoring
-from puzzle_core.config import declared, declared_keys, plain, register_params
+from puzzle_core import bld, config, costs, gkd, scoring
+from puzzle_core.config import declared, declared_keys, plain
 from puzzle_core.spec import Workload
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -20,9 +19,7 @@ PLUMBING = {f"puzzle_core.{name}" for name in PLUMBING_MODULES} | {"puzzle_core"
 
 
 def composed(*overrides):
-    register_params()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=["out=x", *overrides])
+    return config.composed("out=x", *overrides)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))

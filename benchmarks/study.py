@@ -1,0 +1,184 @@
+"""Is it the search that did it? One library, many ways to choose from it, each child healed and measured: the study's table.
+
+    SETTINGS="parent.dtype=bfloat16 corpus=files corpus.path=text corpus.validation_fraction=0.03 search_space=paper bld=full score=full
+      hardware=cuda workload=throughput gkd=full evaluation.text={num_tokens:65536,seq_len:1024,batch_size:8} evaluation.task_batch_size=64
+      realised={num_tokens:65536,seq_len:1024,batch_size:8,head_tokens:4096,memory_gib:16} search.pool_distance=12 rivals.time_limit_s=10"
+    python -m benchmarks.study libraries --out study --minutes 9 --tasks questions $SETTINGS    # again until it says that all are there
+    python -m benchmarks.study choose --out study             # the searches: no GPU, and no model
+    python -m benchmarks.study heal --out study --minutes 9   # again until it says that no row is missing
+    python -m benchmarks.study additivity --out study --minutes 9
+    python -m benchmarks.study page --out study               # writes docs/results/study.json and study.md
+
+Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), a process each. With `--minutes` nothing is begun after that, and
+what still runs is ended; the same command goes on: a row that was ended begins anew, a library goes on from its last checkpoint.
+All that is known is in small files under OUT/results/, the libraries' weights beside it. Carried to another machine and put there,
+`libraries` makes the weights again and keeps scores and costs.
+"""
+import argparse
+import contextlib
+import math
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import study_page
+from benchmarks.study_children import additivity, heal
+from benchmarks.study_rows import LIBRARIES, Study
+from puzzle_core.config import ROOT
+from puzzle_core.files import write_json
+
+PYTHON = sys.executable
+WORK = {"heal": heal, "additivity": additivity}  # what GPUs share
+Device = str | None  # of CUDA_VISIBLE_DEVICES; None: there is none
+
+
+def devices() -> list[Device]:
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return chosen.split(",")
+    return list(map(str, range(torch.cuda.device_count()))) or [None]
+
+
+def run(command: list[str], device: Device, until: float) -> bool:
+    """Run `command` with one GPU; whether it ended in time. ChildProcessError where it failed."""
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        code = process.wait(timeout=None if until == math.inf else max(0.0, until - time.time()))
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        process.kill()
+        process.wait()
+    if code:
+        raise ChildProcessError(f"{shlex.join(command)}: exit status {code}")
+    return True
+
+
+def shared(jobs: list, work: Callable[[object, Device], object]) -> list:
+    """What `work(job, device)` gives of each job, each device taking the next one when it is free. The first error is raised."""
+    waiting, done, errors = queue.SimpleQueue(), {}, []
+    for numbered in enumerate(jobs):
+        waiting.put(numbered)
+
+    def take(device: Device) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not errors:
+                number, job = waiting.get_nowait()
+                try:
+                    done[number] = work(job, device)
+                except Exception as error:
+                    errors.append(error)
+
+    threads = [threading.Thread(target=take, args=(device,)) for device in devices()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [done[number] for number in sorted(done)]
+
+
+def libraries(study: Study, until: float) -> None:
+    """Three libraries with their scores, and one table of costs, by the stages themselves."""
+
+    def stages(name: str, steps: dict[str, list[str]], device: Device) -> bool:
+        folder = study.folder / name
+        for table, (stage, *more) in steps.items():
+            if (folder / f"{table}.parquet").exists():
+                continue
+            where = [f"data='{folder}'", f"out='{folder}'", f"hydra.run.dir='{folder}/hydra'"]
+            if time.time() > until or not run([PYTHON, "-m", f"stages.{stage}", *study.asked.overrides, *more, *where], device, until):
+                return False
+            study.keep_tables(name)
+        return True
+
+    jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
+    jobs.append(("costs", {"costs": ["profile_hardware"]}))
+    for name, steps in jobs:
+        study.bring_back(name, list(steps)[-1])
+    ended = shared(jobs, lambda job, device: stages(*job, device))
+    unfinished = [name for (name, _), whole in zip(jobs, ended, strict=True) if not whole]
+    print(f"libraries: unfinished are {', '.join(unfinished)}: run the command again" if unfinished else "libraries: all are there")
+
+
+def in_processes(step: str, study: Study, until: float) -> None:
+    """`step` in a process for each GPU; in this one where nothing has to be ended and there is one device at most."""
+    if until == math.inf and len(devices()) == 1:
+        WORK[step](study, until)
+        return
+    command = [PYTHON, "-m", "benchmarks.study", step, "--out", str(study.folder), "--worker"]
+    if until != math.inf:
+        command += ["--minutes", str((until - time.time()) / 60)]
+    ended = shared(devices(), lambda _, device: run(command, device, until))
+    if not all(ended):
+        print(f"{step}: stopped before its end; what was under way is lost")
+
+
+@contextlib.contextmanager
+def noted(study: Study, command: list[str]) -> Iterator[None]:
+    """Write down how long a command took on how many GPUs: results/commands/."""
+    start, number = time.time(), len(list((study.results / "commands").glob("*.json"))) + 1
+    try:
+        yield
+    finally:
+        gpus = len(devices()) if devices() != [None] else 0
+        words = shlex.join(["python", "-m", "benchmarks.study", *command])
+        write_json(study.file("commands", f"{number:03}"), {"command": words, "seconds": time.time() - start, "gpus": gpus})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["libraries", "choose", "heal", "additivity", "page"])
+    parser.add_argument("--out", type=Path, required=True, help="the study's folder")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing is begun, and what runs is ended")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    fixed = parser.add_argument_group("fixed by the study's first command")
+    for name, kind, meaning in (
+        ("speedups", _numbers, "default 1.25,1.5,2.0"),
+        ("compared-at", float, "the speed-up of all rows but the MIP's; default 1.5"),
+        ("seeds", int, "of GKD, of the MIP's rows; default 3"),
+        ("pool", int, "solutions; default 16"),
+        ("ablation-tokens", int, "of GKD in the rows that compare its losses; default 4,194,304"),
+        ("random", int, "architectures for additivity; default 100"),
+        ("frontier", int, "architectures of the frontier, for additivity; default 20"),
+        ("tasks", str, "a folder of .jsonl files of questions; default: none are asked"),
+        ("questions", int, "of each file; default 1500"),
+    ):
+        fixed.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=meaning)
+    fixed.add_argument("overrides", nargs="*", help="as the stages take them")
+    given = vars(parser.parse_intermixed_args(arguments))
+    step, folder, minutes, worker = (given.pop(key) for key in ("step", "out", "minutes", "worker"))
+    study, until = Study(folder), time.time() + 60 * minutes
+    study.ask({key: value for key, value in given.items() if value != []})
+    if worker:
+        WORK[step](study, until)
+    elif step == "page":
+        print(f"page: {study_page.write(study)}")
+    else:
+        with noted(study, sys.argv[1:] if arguments is None else arguments):
+            if step == "libraries":
+                libraries(study, until)
+            elif step == "choose":
+                study.choose(until)
+            else:
+                in_processes(step, study, until)
+        missing = [row["name"] for row in study_page.rows(study) if "missing" in row]
+        there = f"{len(study.rows) - len(missing)} of {len(study.rows)} rows are there"
+        print(f"{step}: {there}; missing: {', '.join(missing)}" if missing else f"{step}: {there}")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
+import statistics
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import demo
+from benchmarks.study_children import architecture_of, gkd_json, healing_of
+from benchmarks.study_rows import LIBRARIES, Row, Study
+from puzzle_core import gkd, tables
+from puzzle_core.config import fill
+from puzzle_core.files import read_json
+from puzzle_core.realised import agreement
+
+HEADINGS = {
+    "mip": "Puzzle at each speed-up",
+    "rivals": "Other ways to choose from the same library",
+    "libraries": "The same search on a lesser library",
+    "pool": "A pool measured before one is taken",
+    "scores": "Another score than KL",
+    "losses": "Losses of GKD",
+}
+COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
+           "accuracy retained", "search, GKD, s"]  # fmt: skip
+
+
+def write(study: Study) -> Path:
+    """docs/results/study.json and study.md; the path of the page."""
+    found = gathered(study)
+    path = demo.save_result("study", found).with_suffix(".md")
+    path.write_text(page(found))
+    return path
+
+
+def gathered(study: Study) -> dict:
+    """All of the study as plain values: asked, commands, rows, libraries, additivity."""
+    commands = [read_json(path) for path in sorted((study.results / "commands").glob("*.json"))]
+    of_rows = rows(study)
+    healed = [row for row in of_rows if "machine" in row]
+    cfg = study.cfg
+    return {
+        "asked": read_json(study.results / "asked.json"),
+        "workload": str(cfg.workload.batch_size) + f" × ({cfg.workload.prompt_len} + {cfg.workload.generation_len})",
+        "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
+        "machines": sorted({row["machine"] for row in healed}),
+        "versions": sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in healed}),
+        "commands": commands,
+        "gpu_minutes": sum(one["seconds"] * one["gpus"] for one in commands) / 60,
+        "parent": next((row["parent"] for row in healed if "parent" in row), None),
+        "rows": [{key: value for key, value in row.items() if key not in ("parent", "versions")} for row in of_rows],
+        "libraries": libraries(study),
+        "additivity": additivity(study),
+    }
+
+
+def rows(study: Study) -> list[dict]:
+    return [row_of(study, row) for row in study.rows]
+
+
+def row_of(study: Study, row: Row) -> dict:
+    """What is known of a row; `missing` says what is not, and why."""
+    known = {"name": row.name, "group": row.group, "title": row.title, "speedup_asked": row.speedup, "seed": row.seed}
+    chosen, pool, architecture = study.read("chosen", row.name), study.read("pools", row.name), architecture_of(study, row)
+    if chosen is None:
+        return known | {"missing": "its library or the costs are not there, or nothing was chosen yet"}
+    if not chosen["pool"]:
+        return known | {"missing": "it found nothing that fits", "search_s": chosen["seconds"]}
+    if architecture is None:
+        return known | {"missing": "the pool's children were not measured"}
+    predicted = chosen["pool"][pool["chosen"] if pool else 0]
+    known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
+    known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
+    known |= {"pool": pool, "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
+    healed = study.read("healed", known["healing"])
+    if healed is None:
+        return known | {"missing": "not healed"}
+    known |= {key: healed[key] for key in ("before", "after", "parent", "held_out", "seconds", "machine", "versions") if key in healed}
+    return known | ({"missing": healed["failed"]} if "failed" in healed else {})
+
+
+def libraries(study: Study) -> list[dict]:
+    """Median KL score of each variant over the layers, in each library that is there."""
+    medians = {}
+    for name in LIBRARIES:
+        path = study.results / "tables" / name / "scores.parquet"
+        if path.exists():
+            scores = tables.read("scores", path).query("metric == 'kl' and variant != 'parent'")
+            medians[name] = scores.groupby(["subblock", "variant"])["value"].median()
+    return pd.DataFrame(medians).reset_index().to_dict("records") if medians else []
+
+
+def additivity(study: Study) -> dict[str, dict]:
+    """How well the sum of scores tells the joint KL: of each group of architectures, and of all together."""
+    groups = {path.stem: read_json(path)["rows"] for path in sorted((study.results / "additivity").glob("*.json"))}
+    groups = {name: [{**row, "ratio": row["realised"] / row["predicted"] if row["predicted"] else None} for row in rows]
+              for name, rows in groups.items()}  # fmt: skip
+    if groups:
+        groups["all"] = [row for rows in groups.values() for row in rows]
+    return {name: {**agreement(rows), "pairs": [[row["predicted"], row["realised"]] for row in rows]} for name, rows in groups.items()}
+
+
+def page(found: dict) -> str:
+    asked, rows, parent = found["asked"], found["rows"], found["parent"]
+    at = asked["compared_at"]
+    lines = [
+        "# Study: is it the search that did it?", "",
+        "Written by `python -m benchmarks.study page` from what the commands below wrote; `study.json` beside it has all figures, each "
+        f"row's architecture and curve. Workload: {found['workload']} (sequences × prompt + generated tokens). Machine: "
+        f"{', '.join(found['machines']) or 'none yet'}; {'; '.join(found['versions'])}. GPU time of all commands together: "
+        f"{found['gpu_minutes']:.1f} minutes.", "",
+        f"GKD: {found['gkd_tokens']:,} tokens for each row, except where losses are compared: {asked['ablation_tokens']:,}. KL to the "
+        "parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores. Accuracy retained: child over "
+        f"parent, each less chance, over all tasks, of at most {asked['questions']:,} questions each. ± is one "
+        "standard error, over the text's sequences or the questions.", "",
+    ]  # fmt: skip
+    if parent is not None:
+        lines += [f"Parent: perplexity {parent['perplexity']:.4g}, {parent['throughput_tokens_per_s']:,.0f} generated tokens/s.", ""]
+        if not any(key.endswith("_accuracy") for key in parent):
+            lines += ["No accuracies: no tasks were given, or lm-eval is not installed where the children were measured.", ""]
+    missing = [row for row in rows if "missing" in row]
+    lines += [f"{len(rows) - len(missing)} of {len(rows)} rows are there." + (" Missing ones say why." if missing else ""), ""]
+    lines += in_short(rows, at)
+    first = next(row for row in rows if row["group"] == "mip" and row["speedup_asked"] == at)
+    for group, heading in HEADINGS.items():
+        mine = [row for row in rows if row["group"] == group]
+        where = "" if group == "mip" else f", at a speed-up of {at:g}"
+        lines += [f"## {heading}{where}", ""]
+        lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses") else [first, *mine])])
+        lines += seeds(mine) if group == "mip" else pools(mine) if group == "pool" else []
+    lines += accuracies(rows, parent) + library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
+    lines += ["## Commands", ""]
+    commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"])] for one in found["commands"]]
+    return "\n".join(lines + table(["command", "minutes", "GPUs"], commands)).rstrip() + "\n"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def label(row: dict) -> str:
+    return f"{row['title']}, {row['speedup_asked']:g} ×, seed {row['seed']}" if row["group"] == "mip" else row["title"]
+
+
+def cells(row: dict, rows: list[dict]) -> list[str]:
+    """One line of a table; a row whose child is that of an earlier one says so."""
+    name, predicted = label(row), row.get("predicted")
+    same = next((other for other in rows if "healing" in row and other.get("healing") == row["healing"]), row)
+    if same["name"] != row["name"]:
+        name += f" (the same child as {label(same)})"
+    if predicted is None:
+        return [name, f"missing: {row['missing']}", *[""] * (len(COLUMNS) - 1)]
+    known = [name, f"{predicted['speedup']:.2f} ×"]
+    if "after" not in row:
+        before = f"{row['before']['kl']:.4f}" if "before" in row else ""
+        return [*known, f"missing: {row['missing']}", f"{predicted['kl']:.4f}", before, *[""] * (len(COLUMNS) - 4)]
+    after = row["after"]
+    return [
+        *known, f"{after['speedup']:.2f} ×", f"{predicted['kl']:.4f}", _with_error(row["before"], "kl", "{:.4f}"),
+        _with_error(after, "kl", "{:.4f}") if row["gkd"] else "not trained", f"{after['perplexity']:.2f}", f"{after['top1_agreement']:.1%}",
+        _with_error(after, "accuracy_retained", "{:.1%}"), f"{row['search_s']:.1f}, {row['seconds']['heal']:.0f}",
+    ]  # fmt: skip
+
+
+def _with_error(values: dict, name: str, form: str) -> str:
+    if name not in values:
+        return ""
+    return f"{form.format(values[name])} ± {form.format(values[f'{name}_stderr'])}"
+
+
+def in_short(rows: list[dict], at: float) -> list[str]:
+    """What was aimed at beside what came of it, as far as it is known."""
+    whole = [row for row in rows if "after" in row]
+    mine = next((row for row in whole if row["group"] == "mip" and row["speedup_asked"] == at and row["seed"] == 0), None)
+    others = [row for row in whole if row["group"] == "rivals"]
+    if mine is None:
+        return []
+    lines = []
+    if "accuracy_retained" in mine["after"]:
+        lines.append(f"- Accuracy over chance retained at {at:g} ×: {_with_error(mine['after'], 'accuracy_retained', '{:.1%}')}; aim 95 %.")
+    if others:
+        best = min(others, key=lambda row: row["after"]["kl"])
+        less = 1 - mine["after"]["kl"] / best["after"]["kl"]
+        lines.append(
+            f"- KL after GKD at {at:g} ×: {mine['after']['kl']:.4f}; of the best rival that was healed ({best['title']}) "
+            f"{best['after']['kl']:.4f}: {abs(less):.1%} {'less' if less >= 0 else 'more'}; aim 25 % less."
+        )
+    return [*lines, ""] if lines else []
+
+
+def seeds(rows: list[dict]) -> list[str]:
+    """Mean and standard deviation over the seeds of GKD, where there are several."""
+    lines = []
+    for speedup in sorted({row["speedup_asked"] for row in rows}):
+        kls = [row["after"]["kl"] for row in rows if row["speedup_asked"] == speedup and "after" in row]
+        if len(kls) > 1:
+            mean, spread = statistics.mean(kls), statistics.stdev(kls)
+            lines.append(f"- {speedup:g} ×: KL after GKD {mean:.4f}, standard deviation over {len(kls)} seeds {spread:.4f}.")
+    return [*lines, ""] if lines else []
+
+
+def pools(rows: list[dict]) -> list[str]:
+    lines = []
+    for pool in (row["pool"] for row in rows if row.get("pool")):
+        kls = pool["joint_kl"]
+        lines.append(
+            f"Joint KL before GKD, on other text: of the first solution {kls[0]:.4f}, of the {len(kls)} from {min(kls):.4f} to "
+            f"{max(kls):.4f}; solution {pool['chosen'] + 1} was taken. "
+            f"Predicted: {pool['predicted'][0]:.4f} to {pool['predicted'][-1]:.4f}."
+        )
+    return [*lines, ""] if lines else []
+
+
+def accuracies(rows: list[dict], parent: dict | None) -> list[str]:
+    names = [key.removesuffix("_accuracy") for key in parent or {} if key.endswith("_accuracy")]
+    if not names:
+        return []
+    asked = [("parent", parent), *((label(row), row["after"]) for row in rows if "after" in row)]
+    lines = [[title, *(_with_error(values, f"{name}_accuracy", "{:.3f}") for name in names)] for title, values in asked]
+    chances = ["chance", *(f"{parent[f'{name}_chance']:.3f}" for name in names)]
+    return ["## Accuracies", "", *table(["row", *names], [chances, *lines])]
+
+
+def library_lines(medians: list[dict]) -> list[str]:
+    if not medians:
+        return []
+    names = [name for name in LIBRARIES if name in medians[0]]
+    lines = [[f"{row['subblock']} {row['variant']}", *(f"{row[name]:.4f}" for name in names)] for row in medians]
+    return ["## Libraries: median KL score over the layers", "", *table(["variant", *names], lines)]
+
+
+def additivity_lines(groups: dict[str, dict], asked: dict) -> list[str]:
+    lines = ["## How well the sum of scores tells the joint KL", ""]
+    expected = [f"random-{speedup:g}" for speedup in asked["speedups"]] + ["frontier"]
+    if missing := [name for name in expected if name not in groups]:
+        lines += [f"Missing: {', '.join(missing)}.", ""]
+    if not groups:
+        return lines
+    known = [
+        [name, str(of["num_architectures"]), f"{of['spearman']:.3f}", f"{of['median_ratio']:.2f}"]
+        for name, of in groups.items()
+    ]  # fmt: skip
+    return lines + table(["architectures", "number", "rank correlation", "median joint KL / sum"], known)

@@ -1,0 +1,181 @@
+"""The rows of the study: what each one asks of library, search and GKD, and which architecture that gives. Tables in; never torch."""
+import functools
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from puzzle_core import rivals, search, tables
+from puzzle_core.config import composed, fill, plain
+from puzzle_core.constraints import constraints_from
+from puzzle_core.files import read_json, write_json
+from puzzle_core.problem import Problem
+from puzzle_core.spec import Architecture, Workload
+
+LIBRARIES = {  # name: overrides of the stage bld
+    "full": [],
+    "unrefitted": ["bld.ridge=null"],
+    "initialised": ["bld.train_tokens=0"],
+}
+RIVALS = {
+    "random": "random architecture that fits",
+    "greedy": "greedy",
+    "uniform": "the same pair of variants in every layer",
+    "depth": "whole layers dropped",
+    "rl": "reinforcement learning",
+}
+LOSSES = {  # of GKD, as in the paper's ablation (arXiv 2411.19146): weights of LM, cosine, KL
+    "none": (0.0, 0.0, 0.0),
+    "lm": (1.0, 0.0, 0.0),
+    "lm-kl": (1.0, 0.0, 1.0),
+    "kl": (0.0, 0.0, 1.0),
+    "cosine": (0.0, 1.0, 0.0),
+    "lm-cosine-kl": (1.0, 1.0, 1.0),
+    "cosine-kl": (0.0, 1.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a study is of: fixed by its first command, read by all others."""
+
+    overrides: list[str] = field(default_factory=list)  # of params.yaml and conf/, as the stages take them
+    speedups: list[float] = field(default_factory=lambda: [1.25, 1.5, 2.0])
+    compared_at: float = 1.5  # the speed-up of all rows but the first ones
+    seeds: int = 3  # of GKD, at each speed-up
+    pool: int = 16  # solutions, search.pool_distance apart
+    ablation_tokens: int = 4_194_304  # of GKD, for the rows that compare its losses
+    random: int = 100  # architectures whose joint KL is held against the sum of scores
+    frontier: int = 20  # and so many of the frontier's
+    tasks: str | None = None  # a folder of .jsonl files of questions
+    questions: int = 1500  # of each file at most
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    group: str
+    title: str
+    speedup: float
+    library: str = "full"
+    method: str = "mip"
+    metric: str = "kl"  # the score that is made least
+    seed: int = 0  # of GKD
+    losses: tuple[float, float, float] | None = None  # weights of LM, cosine and KL; None: those of the preset
+
+
+def rows_of(asked: Asked) -> list[Row]:
+    """All rows, those first that matter most if time is short."""
+    at = asked.compared_at
+    rows = [Row(f"mip-{at:g}-0", "mip", "Puzzle: MIP on the full library", at)]
+    rows += [Row(method, "rivals", title, at, method=method) for method, title in RIVALS.items()]
+    rows += [
+        Row("initialised", "libraries", "without BLD: initialisation only", at, library="initialised"),
+        Row("unrefitted", "libraries", "without ridge refit", at, library="unrefitted"),
+    ]
+    rows += [Row(f"mip-{speedup:g}-0", "mip", rows[0].title, speedup) for speedup in asked.speedups if speedup != at]
+    rows += [Row("pool", "pool", f"best of a pool of {asked.pool} by joint KL", at, method="pool")]
+    for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
+        rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
+    rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
+    more = [(speedup, seed) for seed in range(1, asked.seeds) for speedup in asked.speedups]
+    return rows + [Row(f"mip-{speedup:g}-{seed}", "mip", rows[0].title, speedup, seed=seed) for speedup, seed in more]
+
+
+class Study:
+    """A study's folders. `results` has small files only, one for each thing that is known: it may be carried to another machine."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.results, self.locks = self.folder / "results", self.folder / "locks"
+
+    def ask(self, given: dict[str, object]) -> None:
+        """Begin with what is `given`, or go on; ValueError where it is not what the study was begun with."""
+        path = self.results / "asked.json"
+        if not path.exists():
+            write_json(path, asdict(Asked(**given)))
+        begun = read_json(path)
+        for key, value in given.items():
+            if begun[key] != value:
+                raise ValueError(f"{path}: the study was begun with {key} {begun[key]}, not {value}; take another --out, or leave it out")
+
+    @functools.cached_property
+    def asked(self) -> Asked:
+        return Asked(**read_json(self.results / "asked.json"))
+
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        return rows_of(self.asked)
+
+    @functools.cached_property
+    def cfg(self) -> DictConfig:
+        return composed(*self.asked.overrides, f"out='{self.folder}'")
+
+    def file(self, kind: str, name: str) -> Path:
+        return self.results / kind / f"{name}.json"
+
+    def read(self, kind: str, name: str) -> dict | None:
+        path = self.file(kind, name)
+        return read_json(path) if path.exists() else None
+
+    def keep_tables(self, library: str) -> None:
+        for table in (self.folder / library).glob("*.parquet"):
+            (self.results / "tables" / library).mkdir(parents=True, exist_ok=True)
+            shutil.copy(table, self.results / "tables" / library)
+
+    def bring_back(self, library: str, name: str) -> None:
+        """The table `name` of `library`, where an earlier machine has made it."""
+        kept, there = (folder / library / f"{name}.parquet" for folder in (self.results / "tables", self.folder))
+        if kept.exists() and not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(kept, there)
+
+    def problem(self, library: str, metric: str) -> Problem:
+        kept = self.results / "tables"
+        scores, costs = tables.read("scores", kept / library / "scores.parquet"), tables.read("costs", kept / "costs" / "costs.parquet")
+        return Problem.from_tables(scores, costs, metric, str(fill(Workload, self.cfg.workload).scenario))
+
+    def limits(self, speedup: float | None) -> dict[str, object]:
+        return {**plain(self.cfg.constraints), "speedup": speedup}
+
+    def has_weights(self, library: str) -> bool:
+        """Whether bld has finished `library` on this machine."""
+        return (self.folder / library / "library.parquet").exists()
+
+    def choose(self, until: float) -> None:
+        """Write results/chosen/ROW.json for every row whose tables are there: the architectures that it chooses from."""
+        for row in self.rows:
+            needed = [self.results / "tables" / name for name in (f"{row.library}/scores.parquet", "costs/costs.parquet")]
+            if not self.file("chosen", row.name).exists() and all(path.exists() for path in needed) and time.time() < until:
+                seconds, architectures = self._chosen(row)
+                problem = self.problem(row.library, "kl")
+                pool = [_predicted(problem, one) for one in architectures]
+                write_json(self.file("chosen", row.name), {"seconds": seconds, "pool": pool})
+                print(f"{row.name}: " + (f"sum of KL scores {pool[0]['kl']:.4g}" if pool else "nothing that fits") + f", {seconds:.1f} s")
+
+    def _chosen(self, row: Row) -> tuple[float, list[Architecture]]:
+        """Seconds that it took, and the architectures, best first: several of a pool, none where nothing was found."""
+        if row.method not in ("mip", "pool"):
+            entry = next(entry for entry in self._rivals if entry.method == row.method)
+            return entry.seconds, [entry.architecture] if entry.architecture else []
+        start, size = time.perf_counter(), self.asked.pool if row.method == "pool" else 1
+        settings = fill(search.Settings, self.cfg.search, metric=row.metric, pool_size=size)
+        found = search.search(self.problem(row.library, row.metric), self.limits(row.speedup), settings)
+        return time.perf_counter() - start, [solution.architecture for solution in found]
+
+    @functools.cached_property
+    def _rivals(self) -> list[rivals.Entry]:
+        problem = self.problem("full", "kl")
+        limits = constraints_from(self.limits(self.asked.compared_at), problem)
+        return rivals.compete(problem, limits, fill(rivals.Settings, self.cfg.rivals))
+
+
+def _predicted(problem: Problem, architecture: Architecture) -> dict:
+    rows = problem.rows_of(architecture)
+    totals = problem.totals(rows)
+    speedup = problem.parent_totals["latency_ms"] / totals["latency_ms"]
+    return {"kl": problem.score(rows), "speedup": speedup, **totals, "architecture": architecture.to_json()}

@@ -1,0 +1,83 @@
+"""The study's script, from libraries to page: what it does once, what it goes on with, and what it says is missing."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, EXCERPT, PICO, quick_starts
+
+from benchmarks import demo, study, study_children, study_rows
+from puzzle_core.tasks import Answers
+
+ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm")
+ASKED = [
+    "--seeds", "2", "--speedups", "1.2", "--compared-at", "1.2", "--pool", "3", "--ablation-tokens", "256", "--random", "4",
+    "--frontier", "3", "--tasks", "data/questions", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
+    f"corpus.path={EXCERPT['path']}", "evaluation.repeats=1", "evaluation.text={num_tokens:512,seq_len:64,batch_size:4}",
+    "gkd.train_tokens=512", "score.questions=null", "score.metrics=[kl]", "rivals.rl_steps=40", "search.pool_distance=1",
+]  # fmt: skip
+
+
+class Guesser:
+    """Stands in for an exam: importing lm-eval takes seconds. Its parent is always right, its children every second time."""
+
+    def __init__(self, tasks: list, batch_size: int):
+        self.tasks = tasks
+
+    def ask(self, model, tokenizer) -> dict[str, Answers]:
+        right_N = np.ones(8) if "Puzzle" not in type(model).__name__ else np.arange(8.0) % 2
+        return {task.name: Answers(right_N, 0.25) for task in self.tasks}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The folder of the small files of a study of few rows, whose page does not go into the docs."""
+    quick_starts()
+    monkeypatch.setattr(study, "PYTHON", shutil.which("python", path=ENVIRONMENT["PATH"]))
+    monkeypatch.setattr(study, "devices", lambda: [None])
+    monkeypatch.setattr(study, "LIBRARIES", {"full": [], "initialised": ["bld.train_tokens=0"]})
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(study_children, "Exam", Guesser)
+    all_rows = study_rows.rows_of
+    monkeypatch.setattr(study_rows, "rows_of", lambda asked: [row for row in all_rows(asked) if row.name in ROWS])
+    return tmp_path / "study" / "results"
+
+
+def step(results, name: str, *more: str) -> None:
+    study.main([name, "--out", str(results.parent), *more])
+
+
+def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
+    step(results, "libraries", *ASKED)
+    step(results, "choose")
+    step(results, "heal", "--minutes", "0")
+    assert not list(results.glob("healed/*"))
+    step(results, "heal")
+    assert "7 of 8 rows are there; missing: unrefitted" in capsys.readouterr().out
+    first = {file: file.stat().st_mtime_ns for file in results.glob("healed/*")}
+    step(results, "heal")
+    assert {file: file.stat().st_mtime_ns for file in results.glob("healed/*")} == first
+    step(results, "additivity")
+    step(results, "page")
+    written = json.loads((tmp_path / "docs/results/study.json").read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    assert set(rows) == set(ROWS) and "not there" in rows["unrefitted"]["missing"]
+    done = [row for row in rows.values() if "after" in row]
+    assert len({row["healing"] for row in done}) == len(first) < len(done)  # greedy's or the pool's child is the MIP's
+    mip, other_seed, untrained = (rows[name] for name in ("mip-1.2-0", "mip-1.2-1", "losses-none"))
+    assert mip["before"] == other_seed["before"] and mip["after"]["kl"] != other_seed["after"]["kl"]
+    assert untrained["after"]["kl"] == mip["before"]["kl"] and untrained["gkd"] is None
+    assert rows["losses-lm"]["gkd"] | {"train_tokens": 512, "kl_weight": 1.0, "cosine_weight": 1.0, "lm_weight": 0.0} == mip["gkd"]
+    assert mip["after"]["accuracy_retained"] == pytest.approx((0.5 - 0.25) / (1 - 0.25))
+    assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]["joint_kl"]) == 3
+    assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
+    page = (tmp_path / "docs/results/study.md").read_text()
+    assert "7 of 8 rows" in page and "Missing: " not in page and "the same child as" in page
+
+
+def test_a_study_goes_on_only_as_it_was_begun(tmp_path):
+    begun = study_rows.Study(tmp_path)
+    begun.ask({"seeds": 2, "overrides": ["seed=1"]})
+    begun.ask({})
+    with pytest.raises(ValueError, match="begun with seeds 2, not 3"):
+        begun.ask({"seeds": 3})
