@@ -158,7 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(parser.parse_intermixed_args(arguments))
     step, folder, minutes, worker = (given.pop(key) for key in ("step", "out", "minutes", "worker"))
     study, until = Study(folder), time.time() + 60 * minutes
-    study.ask({key: value for key, value in given.items() if value != []})
+    try:
+        study.ask({key: value for key, value in given.items() if value != []})
+    except ValueError as error:
+        parser.error(str(error))
     if worker:
         WORK[step](study, until)
     elif step == "page":
