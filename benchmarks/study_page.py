@@ -171,18 +171,21 @@ def in_short(rows: list[dict], at: float) -> list[str]:
     """What was aimed at beside what came of it, as far as it is known."""
     whole = [row for row in rows if "after" in row]
     mine = next((row for row in whole if row["group"] == "mip" and row["speedup_asked"] == at and row["seed"] == 0), None)
-    others = [row for row in whole if row["group"] == "rivals"]
     if mine is None:
         return []
     lines = []
     if "accuracy_retained" in mine["after"]:
         lines.append(f"- Accuracy over chance retained at {at:g} ×: {_with_error(mine['after'], 'accuracy_retained', '{:.1%}')}; aim 95 %.")
+    rivals = [row for row in whole if row["group"] == "rivals"]
+    others = [row for row in rivals if row["healing"] != mine["healing"]]
+    if same := [row["title"] for row in rivals if row not in others]:
+        lines.append(f"- At {at:g} × these chose the very child that the MIP chose: {', '.join(same)}.")
     if others:
         best = min(others, key=lambda row: row["after"]["kl"])
-        less = 1 - mine["after"]["kl"] / best["after"]["kl"]
+        kl, least = mine["after"]["kl"], best["after"]["kl"]
         lines.append(
-            f"- KL after GKD at {at:g} ×: {mine['after']['kl']:.4f}; of the best rival that was healed ({best['title']}) "
-            f"{best['after']['kl']:.4f}: {abs(less):.1%} {'less' if less >= 0 else 'more'}; aim 25 % less."
+            f"- KL after GKD at {at:g} ×: {kl:.4f}; of the best other child of a rival ({best['title']}) {least:.4f}: "
+            f"{abs(1 - kl / least):.1%} {'less' if kl < least else 'more'}; aim 25 % less."
         )
     return [*lines, ""] if lines else []
 

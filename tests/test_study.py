@@ -63,7 +63,7 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     rows = {row["name"]: row for row in written["rows"]}
     assert set(rows) == set(ROWS) and "not there" in rows["unrefitted"]["missing"]
     done = [row for row in rows.values() if "after" in row]
-    assert len({row["healing"] for row in done}) == len(first) < len(done)  # greedy's or the pool's child is the MIP's
+    assert len({row["healing"] for row in done}) == len(first) < len(done)
     mip, other_seed, untrained = (rows[name] for name in ("mip-1.2-0", "mip-1.2-1", "losses-none"))
     assert mip["before"] == other_seed["before"] and mip["after"]["kl"] != other_seed["after"]["kl"]
     assert untrained["after"]["kl"] == mip["before"]["kl"] and untrained["gkd"] is None
@@ -72,7 +72,8 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]["joint_kl"]) == 3
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
-    assert "7 of 8 rows" in page and "Missing: " not in page and "the same child as" in page
+    assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
+    assert "7 of 8 rows" in page and "Missing: " not in page and "(the same child as" in page
 
 
 def test_a_study_goes_on_only_as_it_was_begun(tmp_path):
