@@ -53,7 +53,11 @@ def start() -> str:
     for name in ("python", "dvc"):
         (folder / name).write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
         (folder / name).chmod(0o755)
-    environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a fork cannot use a GPU that its parent has asked for
+    environment = {
+        **os.environ,
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a fork cannot use a GPU that its parent has asked for
+        "OMP_NUM_THREADS": "1",  # torch counts its threads when it is imported: in a fork's environment it is too late
+    }
     command = [sys.executable, __file__, folder / "socket"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdout.readline() == b"ready\n"
