@@ -23,7 +23,7 @@ from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, swapped
-from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, check_counts, in_turn, times_of
 
 VERSION = 2  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
@@ -57,9 +57,7 @@ class Torch:
     source = "measured"
 
     def __post_init__(self):
-        for name, least in (("repeats", 1), ("warmup", 0), ("decode_contexts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"hardware.{name} is {getattr(self, name)}; expected at least {least}")
+        check_counts(self, repeats=1, warmup=0, decode_contexts=1)
 
     def place(self, parent: Parent) -> str:
         """What the costs are true of, in words."""
@@ -178,7 +176,7 @@ def profile(
         missing = [option for option in options if base is None or option not in found]
         measured = backend.measure(parent, scenario, missing, base) if missing else ()
         progress = tqdm(measured, total=len(missing), desc=f"costs of {scenario}", unit="variant")
-        for option, costs in [*(found.items() if base else ())]:
+        for option, costs in found.items() if base else ():
             rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])
         for option, costs in progress:
             rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])

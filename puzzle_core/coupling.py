@@ -59,14 +59,17 @@ def _times_taken(table: pd.DataFrame) -> np.ndarray:
     cost, score = np.mean(shares, axis=0), table["value"].to_numpy()
     cells = list(table.groupby(["layer", "subblock"]).indices.values())
     whole, taken = cost[parent].sum(), np.zeros(len(table), int)
-    least, most = np.log(1e-9), np.log(1e9)  # of a price, score lost for each share of the cost
+    least, most = np.log(1e-9), np.log(1e9)  # logarithms of a price, score lost for each share of the cost
+
+    def chosen_at(log_price: float) -> list[int]:
+        return [rows[np.argmin(score[rows] + np.exp(log_price) * cost[rows])] for rows in cells]
+
     for budget in BUDGETS:
         low, high = least, most
         for _ in range(50):
             middle = (low + high) / 2
-            chosen = [rows[np.argmin(score[rows] + np.exp(middle) * cost[rows])] for rows in cells]
-            low, high = (middle, high) if cost[chosen].sum() > budget * whole else (low, middle)
-        taken[[rows[np.argmin(score[rows] + np.exp(high) * cost[rows])] for rows in cells]] += 1
+            low, high = (middle, high) if cost[chosen_at(middle)].sum() > budget * whole else (low, middle)
+        taken[chosen_at(high)] += 1
     return taken
 
 

@@ -25,7 +25,7 @@ from puzzle_core.serving import hardware_name
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params
 from puzzle_core.targets import why_not
-from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, check_counts, in_turn, times_of
 
 ITEMSIZE = 2  # of weights and KV cache: float16, llama.cpp's default
 
@@ -42,9 +42,7 @@ class LlamaCpp:
     source = "measured"
 
     def __post_init__(self):
-        for name, least in (("num_layers", 2), ("repeats", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"hardware.{name} is {getattr(self, name)}; expected at least {least}")
+        check_counts(self, num_layers=2, repeats=1, warmup=0)
 
     def place(self, parent: Parent) -> str:
         """What the costs are true of, in words."""

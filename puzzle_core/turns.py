@@ -40,6 +40,13 @@ class Turns:
         return 1 - float(middle), float(high - low) / 2
 
 
+def check_counts(preset: object, **least: int) -> None:
+    """ValueError where a number of a preset of conf/hardware/ is below the least that makes sense."""
+    for name, number in least.items():
+        if getattr(preset, name) < number:
+            raise ValueError(f"hardware.{name} is {getattr(preset, name)}; expected at least {number}")
+
+
 def in_turn(parent: Callable[[], dict[str, float]], other: Callable[[], dict[str, float]], repeats: int, warmup: int) -> Turns:
     """`repeats` times of each of the two, after `warmup` that do not count."""
     turns = Turns([], [])
