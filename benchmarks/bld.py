@@ -2,11 +2,15 @@
 
     python -m benchmarks.bld                      # on a GPU: both geometries of the table in the docs, about four minutes
     python -m benchmarks.bld --parents pico --seq-len 64 --batch-size 4
+    python -m benchmarks.bld --parents llama-3.1-8b --whole-layers 32 --whole-steps 6 --layers-sampled 1 --no-naive --memory-gib 125 \
+        --result bld_8b
 
 The naive loop is what one writes first: a forward pass of the parent with hooks, then for each layer and variant its own
 forward, backward and AdamW step. It is run for the first parent named. All train the same variants on the same tokens;
 weights are random, which times do not see. A step's time is that of sampled layers times the number of layers; compiling
 and the first steps are not in it. Each figure is printed, and docs/results/bld.json written, as soon as it is known.
+With `--whole-steps` the run that memory is measured in is planned for 20,971,520 tokens, and cut short after that many steps of
+each window: what fits a GPU is then what a real run takes, in a few minutes.
 """
 import argparse
 import gc
@@ -16,6 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -118,9 +123,25 @@ def our_steps(parent: Parent, space: dict, settings: bld.Settings, num_sampled: 
     return {**took, "measuring_s": now(device) - begun, **seen}
 
 
-def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: int) -> dict:
-    """All of `train_library` for the lowest layers on a short budget: its time and its peak memory beside what the plan says."""
+class CutShort(RandomTokens):
+    """No more than `most` batches, however many are asked for."""
+
+    def __init__(self, vocab_size: int, most: int):
+        super().__init__(vocab_size)
+        self.most = most
+
+    def batches(self, split: str, num_tokens: int, seq_len: int, batch_size: int, seed: str) -> list[np.ndarray]:
+        return super().batches(split, min(num_tokens, self.most * seq_len * batch_size), seq_len, batch_size, seed)
+
+
+def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: int, num_steps: int | None) -> dict:
+    """All of `train_library` for the lowest layers: its time and its peak memory beside what the plan says.
+
+    On the short budget of `settings`, or the first `num_steps` of a real one.
+    """
     corpus, device = RandomTokens(parent.model.config.vocab_size), parent.device
+    if num_steps:
+        corpus, settings = CutShort(corpus.vocab_size, num_steps), replace(settings, train_tokens=20_971_520)
     jobs = [job for job in bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus) if job.layer < num_layers]
     expected = bld.planned(parent, bld.wanted_of(jobs), settings)
     emptied(device)
@@ -147,6 +168,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a step")
     parser.add_argument("--memory-gib", type=float)
+    parser.add_argument("--whole-layers", type=int, help="that are trained to the end, for the peak of memory; default: as many as sampled")
+    parser.add_argument("--whole-steps", type=int, help="of a real budget, of each window; default: a short budget, to its end")
+    parser.add_argument("--result", default="bld", help="name of the file in docs/results/")
     options = parser.parse_args(arguments)
     tokens = options.seq_len * options.batch_size
     dtypes = ("bfloat16", "float32") if on_gpu else ("float32",)
@@ -161,7 +185,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if isinstance(value, (int, float))), flush=True)
         for kernel in figures.get("kernels_of_a_layer", []):
             print("          {ms:8.3f} ms {share:5.1%} {calls:5.0f} x  {kernel}".format(**kernel), flush=True)
-        write_results("bld", results, device)
+        write_results(options.result, results, device)
 
     def ours(name: str, parent: Parent, space: dict, settings: bld.Settings) -> float:
         """Measure our step, uncompiled or compiled; seconds."""
@@ -193,15 +217,15 @@ def main(arguments: list[str] | None = None) -> dict:
                 step_s[dtype] = ours(name, parent, space, settings)
                 if with_naive and options.compile:
                     ours(name, parent, space, replace(settings, compile=False))
-                num_layers = min(options.layers_sampled, len(parent.layers))
-                say(name, "memory", whole_run(parent, space, settings, num_layers))
+                num_layers = min(options.whole_layers or options.layers_sampled, len(parent.layers))
+                say(name, "memory", whole_run(parent, space, settings, num_layers, options.whole_steps))
             if with_naive:
                 naive = naive_step_s(parent, space, settings, options.repeats)
                 times = {f"{ours_in}_is_times_faster": naive / seconds for ours_in, seconds in step_s.items()}
                 say(name, f"naive loop, {dtype}", {"step_s": naive, **times})
             del parent
             emptied(device)
-    print("written: docs/results/bld.json")
+    print(f"written: docs/results/{options.result}.json")
     return results
 
 

@@ -59,10 +59,16 @@ def emptied(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def layers_of(options: argparse.Namespace) -> dict[str, int]:
+    """Of each parent, how many layers BLD and scoring take; one number is for all."""
+    names, numbers = options.parents.split(","), list(map(int, options.layers.split(",")))
+    return dict(zip(names, numbers * len(names) if len(numbers) == 1 else numbers, strict=True))
+
+
 def library_and_scores(name: str, options: argparse.Namespace, mine: ranks.Ranks, device: torch.device, folder: Path):
     """BLD of the paper's space, then scores of what it made: figures of each, and their tables in `folder`."""
     on_gpu, tokens = device.type == "cuda", options.seq_len * options.batch_size
-    parent = random_parent(name, "bfloat16" if on_gpu else "float32", device, options.layers)
+    parent = random_parent(name, "bfloat16" if on_gpu else "float32", device, layers_of(options)[name])
     corpus, blocks = RandomTokens(parent.model.config.vocab_size), folder / "blocks"
     space = yaml.safe_load((ROOT / "conf/search_space/paper.yaml").read_text())
     settings = bld.Settings(
@@ -156,7 +162,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step of BLD and a batch of scoring")
     parser.add_argument("--steps", type=int, default=12, help="of BLD")
-    parser.add_argument("--layers", type=int, default=8, help="of a parent in BLD and scoring; 0: all")
+    parser.add_argument("--layers", default="8,4" if on_gpu else "8", help="of each parent in BLD and scoring, or of all; 0: all")
     parser.add_argument("--gkd-batch-size", type=int, default=8, help="sequences a step, of all processes")
     parser.add_argument("--gkd-steps", type=int, default=6, help="that are timed")
     parser.add_argument("--folder", help="where processes leave what they found; made by the first")

@@ -1,12 +1,12 @@
 """Costs: what each variant takes on given hardware, as a table; what was measured before under the same conditions is not again.
 
-A variant's time is found in place (`Torch`): in every layer of the whole model, in turn with the parent. So overhead and memory
-traffic are those of real use, and the parent's predicted total is its measured time.
+A variant's time is found in place (`Torch`): in every layer of the whole model, in turn with the parent, and once more where the other
+subblock does nothing. So overhead and memory traffic are those of real use, and the parent's predicted total is its measured time.
 """
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -23,10 +23,12 @@ from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, swapped
-from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, check_counts, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, times_of
 
-VERSION = 2  # raise when a change here, or in a module below, changes what a cost is
+VERSION = 3  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
+
+
 @contextmanager
 def _everywhere(parent: Parent, modules: Mapping[str, list[nn.Module]]) -> Iterator[PreTrainedModel]:
     """The parent with other modules in every layer."""
@@ -46,11 +48,11 @@ def _random(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Torch:
-    """Measured here, in transformers: one preset of conf/hardware/. Of the variants' models one at a time is in memory."""
+    """Measured here, in transformers: one preset of conf/hardware/. Of one variant at a time the weights are in memory."""
 
     device: str = "auto"
     serving: str = "auto"  # eager, cuda_graph or compile; auto: cuda_graph on a GPU, eager on a CPU
-    repeats: int = 5  # turns of each variant's model against the parent's
+    repeats: int = 5  # turns of each variant's models and the parent's; twice as many of no_op's
     warmup: int = 1  # turns before
     decode_contexts: int = 3  # context lengths, spread over the generation, at which tokens are timed
     decode_steps: int | None = 4  # tokens timed at each; None: all
@@ -75,38 +77,45 @@ class Torch:
         self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
     ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`, and first those of the base if there is none."""
-        session = served(partial(nullcontext, parent.model), scenario, pick_serving(self.serving, parent.device))
         num_layers, itemsize, num_tokens = len(parent.layers), parent.model.dtype.itemsize, scenario.batch_size * scenario.sequence_len
+
+        def modules_of(subblock: str, variant: Variant) -> list[nn.Module]:
+            return [_random(build_subblock(parent, layer, subblock, variant)) for layer in range(num_layers)]
+
+        def session_of(modules: dict[str, list[nn.Module]]) -> Eager | Static:
+            return served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))
+
+        nothing = {s: modules_of(s, NO_OP) for s in SUBBLOCKS}
+        whole, alone = session_of({}), {s: session_of({o: nothing[o] for o in SUBBLOCKS if o != s}) for s in SUBBLOCKS}
+
+        def turns(subblock: str, variant: Variant) -> tuple[list[Turn], int, int]:
+            """Turns of the four models, the parameters of the variant, and the bytes of the KV cache with it."""
+            own = {subblock: modules_of(subblock, variant)}
+            sessions = whole, session_of(own), alone[subblock], session_of({**nothing, **own})
+            repeats = self.repeats * (2 if variant == NO_OP else 1)  # all others are measured against these
+            timed = in_turn([partial(self._times, session, scenario) for session in sessions], repeats, self.warmup)
+            return timed, num_params(parent, 0, subblock, own[subblock][0]), sessions[1].kv_bytes()
 
         def sizes(count: int, kv_bytes: float = 0) -> Costs:
             values = {"num_params": count, "param_bytes": count * itemsize, "kv_bytes_per_token": kv_bytes / num_layers / num_tokens}
             return {metric: (float(value), 0.0) for metric, value in values.items()}
 
+        def sized(subblock: str, count: int, kv_bytes: int) -> Costs:
+            return sizes(count, kv_bytes if subblock == ATTENTION else 0)
+
         if base is None:
-            none = {s: self._turns(parent, session, scenario, {s: NO_OP}) for s in SUBBLOCKS}
-            both, *_ = self._turns(parent, session, scenario, dict.fromkeys(SUBBLOCKS, NO_OP))
-            base = base_times({**{s: turns for s, (turns, _, _) in none.items()}, OUTSIDE: both}, num_layers, num_layers)
+            of_none, _, kv_bytes = turns(ATTENTION, NO_OP)
+            base = base_times(of_none, num_layers, num_layers)
             counts = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
-            for subblock, (_, count, kv_bytes) in none.items():
-                base[subblock, PARENT] |= sizes(counts[subblock], session.kv_bytes() if subblock == ATTENTION else 0)
-                base[subblock, NO_OP] |= sizes(count[subblock], kv_bytes if subblock == ATTENTION else 0)
+            for s in SUBBLOCKS:
+                base[s, PARENT] |= sized(s, counts[s], whole.kv_bytes())
+                base[s, NO_OP] |= sized(s, num_params(parent, 0, s, nothing[s][0]), kv_bytes)
             base[OUTSIDE, PARENT] |= sizes(sum(p.numel() for p in parent.model.parameters()) - num_layers * sum(counts.values()))
             yield from base.items()
         for subblock, variant in options:
             if (subblock, variant) not in BASE:
-                turns, count, kv_bytes = self._turns(parent, session, scenario, {subblock: variant})
-                sized = sizes(count[subblock], kv_bytes if subblock == ATTENTION else 0)
-                yield (subblock, variant), times_of(turns, subblock, base, num_layers, num_layers) | sized
-
-    def _turns(
-        self, parent: Parent, session: Eager | Static, scenario: Scenario, variants: Mapping[str, Variant]
-    ) -> tuple[Turns, dict[str, int], int]:
-        """The turns of `variants` in every layer, the parameters of each in one, and the bytes of the KV cache."""
-        layers = range(len(parent.layers))
-        modules = {s: [_random(build_subblock(parent, layer, s, variant)) for layer in layers] for s, variant in variants.items()}
-        other = served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))
-        turns = in_turn(*(partial(self._times, one, scenario) for one in (session, other)), self.repeats, self.warmup)
-        return turns, {s: num_params(parent, 0, s, some[0]) for s, some in modules.items()}, other.kv_bytes()
+                some, count, kv_bytes = turns(subblock, variant)
+                yield (subblock, variant), times_of(some, subblock, base, num_layers, num_layers) | sized(subblock, count, kv_bytes)
 
     def _times(self, session: Eager | Static, scenario: Scenario) -> dict[str, float]:
         return {"prefill_ms": session.prefill(), "decode_ms": self._decode_ms(session, scenario)}

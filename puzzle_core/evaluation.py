@@ -94,16 +94,7 @@ def measure(
     answers = accuracies(parent, child, corpus.tokenizer, settings)
     quality, domains = compare(parent, child, settings.batches(corpus)), by_domain(parent, child, corpus, settings)
     totals = side_by_side({"parent": parent, "child": child}, scenario, serving, settings.repeats, warmup=1)
-    return {
-        name: {
-            **quality[name],
-            "speedup": totals["parent"]["latency_ms"] / totals[name]["latency_ms"],
-            **totals[name],
-            **answers[name],
-            **domains[name],
-        }
-        for name in quality
-    }
+    return {name: {**quality[name], **totals[name], **answers[name], **domains[name]} for name in quality}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from puzzle_core.serving import hardware_name
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params
 from puzzle_core.targets import why_not
-from puzzle_core.turns import BASE, Costs, Option, Turns, base_times, check_counts, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, times_of
 
 ITEMSIZE = 2  # of weights and KV cache: float16, llama.cpp's default
 
@@ -35,7 +35,7 @@ class LlamaCpp:
     """Measured in llama.cpp: one preset of conf/hardware/."""
 
     num_layers: int = 9  # of the models that are exported
-    repeats: int = 5  # turns of each variant's model against the parent's
+    repeats: int = 5  # turns of each variant's models and the parent's; twice as many of no_op's
     warmup: int = 1  # turns before
     device: str = "cpu"  # where and how assemble and gkd time the child: in transformers, not in llama.cpp
     serving: str = "auto"
@@ -65,22 +65,26 @@ class LlamaCpp:
         changed, whole = self.num_layers - 1, sum(p.numel() for p in parent.model.parameters())
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             shallow, work = _shallow(parent, self.num_layers), Path(folder)
-            of_parent = _served(shallow, Architecture.uniform(self.num_layers), scenario, work)
 
-            def turns(variants: Mapping[str, Variant]) -> Turns:
+            def server_of(variants: Mapping[str, Variant]) -> Callable[[], dict[str, float]]:
                 pair = tuple(variants.get(s, PARENT) for s in SUBBLOCKS)
-                architecture = Architecture(((PARENT, PARENT), *[pair] * changed))
-                return in_turn(of_parent, _served(shallow, architecture, scenario, work), self.repeats, self.warmup)
+                return _served(shallow, Architecture(((PARENT, PARENT), *[pair] * changed)), scenario, work)
+
+            of_parent, alone = server_of({}), {s: server_of({o: NO_OP for o in SUBBLOCKS if o != s}) for s in SUBBLOCKS}
+
+            def turns(subblock: str, variant: Variant) -> list[Turn]:
+                nothing = dict.fromkeys(SUBBLOCKS, NO_OP)
+                four = of_parent, server_of({subblock: variant}), alone[subblock], server_of({**nothing, subblock: variant})
+                return in_turn(four, self.repeats * (2 if variant == NO_OP else 1), self.warmup)
 
             if base is None:
-                none = {**{s: {s: NO_OP} for s in SUBBLOCKS}, OUTSIDE: dict.fromkeys(SUBBLOCKS, NO_OP)}
-                base = base_times({key: turns(variants) for key, variants in none.items()}, self.num_layers, changed)
+                base = base_times(turns(ATTENTION, NO_OP), self.num_layers, changed)
                 for subblock, variant in BASE:
                     base[subblock, variant] |= _sizes(parent, subblock, variant, whole)
                 yield from base.items()
             for subblock, variant in options:
                 if (subblock, variant) not in BASE:
-                    times = times_of(turns({subblock: variant}), subblock, base, self.num_layers, changed)
+                    times = times_of(turns(subblock, variant), subblock, base, self.num_layers, changed)
                     yield (subblock, variant), times | _sizes(parent, subblock, variant, whole)
 
 

@@ -267,14 +267,22 @@ def request(session: Eager | Static) -> Request:
 
 
 def side_by_side(models: dict[str, PreTrainedModel], scenario: Scenario, serving: str, repeats: int, warmup: int) -> dict[str, dict]:
-    """Realised totals of whole models, timed in turn: the same names and units as search predicts them under."""
+    """Realised totals of whole models, timed in turn: the same names and units as search predicts them under.
+
+    `speedup` is over the first of them: the median of the turns' ratios, so that drift of the machine cancels.
+    """
     sessions = {name: served(partial(nullcontext, model), scenario, pick_serving(serving, model.device)) for name, model in models.items()}
     requests: dict[str, list[Request]] = {name: [] for name in models}
     for turn in range(warmup + repeats):
         for name in list(models) if turn % 2 else list(models)[::-1]:  # there and back, so that drift hits all alike
             result = request(sessions[name])
             requests[name] += [result] * (turn >= warmup)
-    return {name: _totals(models[name], scenario, done) for name, done in requests.items()}
+    first = next(iter(requests.values()))
+    return {name: {"speedup": _ratio(first, done), **_totals(models[name], scenario, done)} for name, done in requests.items()}
+
+
+def _ratio(first: list[Request], other: list[Request]) -> float:
+    return statistics.median(a.latency_ms / b.latency_ms for a, b in zip(first, other, strict=True))
 
 
 def _totals(model: PreTrainedModel, scenario: Scenario, done: list[Request]) -> dict[str, float]:

@@ -1,20 +1,20 @@
-"""Costs from differences: a model with a variant in its layers, timed turn by turn against the parent.
+"""Costs from differences: what a variant saves in the parent, and what it saves where the other subblock does nothing.
 
-What a variant saves is the median of the turns' ratios, a layer's share of it, so that drift of the machine cancels. What no_op in
-both subblocks saves is what the parent's block costs, and what each saves alone says how that divides.
+A turn times four models: the parent; with a variant in its layers; with no_op in the other subblock of these layers; with
+both. Costs that add up are a plane; what a machine does is not quite one (what is small stays in its caches). The mean of both
+differences, a Shapley value, is exact at the parent and at the model without blocks, and off by half as much between them.
 
-    saved(v)     = (1 - median over turns of t_v / t_parent) * t_parent / layers with the variant
-    cost(parent) = saved(no_op in both) * saved(no_op) / (saved(no_op in attention) + saved(no_op in FFN))
+    saved(v)     = median over turns of (t_parent - t_v + t_alone - t_v_alone) / (2 * t_parent) * t_parent / layers with the variant
+    cost(parent) = saved(no_op)
     cost(v)      = cost(parent) - saved(v)
-    outside      = t_parent - layers * saved(no_op in both)
+    outside      = t_parent - layers * (saved(no_op) of attention + of the FFN)
 
-A difference that noise pushes below 0 is written as 0, with its spread: half the interquartile range of the turns, of differences
-the root of the sum of squares.
+A turn's ratios are taken in that turn, so that drift of the machine cancels. A difference that noise pushes below 0 is written
+as 0, with its spread: half the interquartile range of the turns, of differences the root of the sum of squares.
 """
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,20 +24,7 @@ TIMES = ("prefill_ms", "decode_ms")
 BASE = [*((s, v) for s in SUBBLOCKS for v in (PARENT, NO_OP)), (OUTSIDE, PARENT)]  # what the others are measured against
 Option = tuple[str, Variant]
 Costs = dict[str, tuple[float, float]]  # metric: value and spread
-
-
-@dataclass(frozen=True)
-class Turns:
-    """The parent's and another model's times, turn by turn."""
-
-    parent: list[dict[str, float]]
-    other: list[dict[str, float]]
-
-    def saved(self, metric: str) -> tuple[float, float]:
-        """What the other saves, as a share of the parent's time: the median of the turns, and half their interquartile range."""
-        ratios = [other[metric] / parent[metric] for parent, other in zip(self.parent, self.other, strict=True)]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        return 1 - float(middle), float(high - low) / 2
+Turn = tuple[dict[str, float], ...]  # times of the parent, with the variant, with no_op in the other subblock, with both
 
 
 def check_counts(preset: object, **least: int) -> None:
@@ -47,46 +34,52 @@ def check_counts(preset: object, **least: int) -> None:
             raise ValueError(f"hardware.{name} is {getattr(preset, name)}; expected at least {number}")
 
 
-def in_turn(parent: Callable[[], dict[str, float]], other: Callable[[], dict[str, float]], repeats: int, warmup: int) -> Turns:
-    """`repeats` times of each of the two, after `warmup` that do not count."""
-    turns = Turns([], [])
+def in_turn(timed: Sequence[Callable[[], dict[str, float]]], repeats: int, warmup: int) -> list[Turn]:
+    """The times of each, `repeats` times over, after `warmup` turns that do not count."""
+    turns = []
     for turn in range(warmup + repeats):
-        pair = [(parent, turns.parent), (other, turns.other)]
-        for timed, times in pair if turn % 2 else pair[::-1]:  # there and back, so that drift within a turn cancels too
-            time = timed()
-            if turn >= warmup:
-                times.append(time)
+        times = {number: timed[number]() for number in list(range(len(timed)))[:: -1 if turn % 2 else 1]}  # drift within a turn cancels too
+        turns += [tuple(times[number] for number in range(len(timed)))] * (turn >= warmup)
     return turns
 
 
-def base_times(turns: Mapping[str, Turns], num_layers: int, num_changed: int) -> dict[Option, Costs]:
-    """Times of the parent's subblocks, of none, and of what is outside.
+def _median(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and half the interquartile range."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(middle), float(high - low) / 2
 
-    `turns` are of no_op in each subblock, and under `outside` of no_op in both, what is left of which is outside. The models have
-    `num_layers` layers, of which `num_changed` are changed.
+
+def saved(turns: Sequence[Turn], metric: str) -> tuple[float, float]:
+    """What the variant saves, as a share of the parent's time, and its spread."""
+    times = ([model[metric] for model in turn] for turn in turns)
+    return _median([(parent - changed + alone - changed_alone) / (2 * parent) for parent, changed, alone, changed_alone in times])
+
+
+def base_times(turns: Sequence[Turn], num_layers: int, num_changed: int) -> dict[Option, Costs]:
+    """Times of the parent's subblocks, of none, and of what is outside, from turns of no_op in the first subblock.
+
+    The models have `num_layers` layers, of which `num_changed` are changed.
     """
     costs: dict[Option, Costs] = {option: {} for option in BASE}
+    of_other = [(parent, alone, changed, both) for parent, changed, alone, both in turns]
     for metric in TIMES:
-        total = statistics.median(turn[metric] for some in turns.values() for turn in some.parent)
-        saved, spread = {}, {}
-        for key, some in turns.items():
-            share, of_share = some.saved(metric)
-            saved[key], spread[key] = max(0.0, share) * total / num_changed, of_share * total / num_changed
-        apart = sum(saved[s] for s in SUBBLOCKS)
-        for s in SUBBLOCKS:
-            share = saved[s] / apart if apart else 1 / len(SUBBLOCKS)
-            costs[s, PARENT][metric] = saved[OUTSIDE] * share, spread[s]
-            costs[s, NO_OP][metric] = 0.0, spread[s]
-        costs[OUTSIDE, PARENT][metric] = max(0.0, total - num_layers * saved[OUTSIDE]), num_layers * spread[OUTSIDE]
+        total = statistics.median(turn[0][metric] for turn in turns)
+        outside, of_outside = total, 0.0
+        for subblock, some in zip(SUBBLOCKS, (turns, of_other), strict=True):
+            value, spread = (total / num_changed * share for share in saved(some, metric))
+            costs[subblock, PARENT][metric] = max(0.0, value), spread
+            costs[subblock, NO_OP][metric] = 0.0, spread
+            outside, of_outside = outside - num_layers * max(0.0, value), math.hypot(of_outside, num_layers * spread)
+        costs[OUTSIDE, PARENT][metric] = max(0.0, outside), of_outside
     return costs
 
 
-def times_of(turns: Turns, subblock: str, base: Mapping[Option, Costs], num_layers: int, num_changed: int) -> Costs:
+def times_of(turns: Sequence[Turn], subblock: str, base: Mapping[Option, Costs], num_layers: int, num_changed: int) -> Costs:
     """Times of a variant of `subblock`, from its `turns` and the `base` rows."""
     costs = {}
     for metric in TIMES:
         total = base[OUTSIDE, PARENT][metric][0] + num_layers * sum(base[s, PARENT][metric][0] for s in SUBBLOCKS)
-        saved, spread = (total / num_changed * share for share in turns.saved(metric))
+        value, spread = (total / num_changed * share for share in saved(turns, metric))
         whole, whole_spread = base[subblock, PARENT][metric]
-        costs[metric] = max(0.0, whole - saved), math.hypot(spread, whole_spread)
+        costs[metric] = max(0.0, whole - value), math.hypot(spread, whole_spread)
     return costs

@@ -49,17 +49,16 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
     }
     layers, slower = 4, (1.0, 3.0, 1.5)  # the machine is three times as slow in one turn
 
-    def timed(**replaced):
-        def total(metric, subblocks):
-            return truth[metric]["outside"] + layers * sum(truth[metric].get(name, 0.0) for name in subblocks.values())
+    def timed(subblock, variant):
+        def total(metric, **replaced):
+            named = {**{s: s for s in SUBBLOCKS}, **replaced}
+            return truth[metric]["outside"] + layers * sum(truth[metric].get(name, 0.0) for name in named.values())
 
-        parent, other = {s: s for s in SUBBLOCKS}, {**{s: s for s in SUBBLOCKS}, **replaced}
-        return turns.Turns(*([{m: f * total(m, some) for m in truth} for f in slower] for some in (parent, other)))
+        own, nothing = {subblock: variant}, {s: "nothing" for s in SUBBLOCKS if s != subblock}
+        return [tuple({m: f * total(m, **some) for m in truth} for some in ({}, own, nothing, {**own, **nothing})) for f in slower]
 
-    base = turns.base_times(
-        {**{s: timed(**{s: "nothing"}) for s in SUBBLOCKS}, OUTSIDE: timed(attention="nothing", ffn="nothing")}, layers, layers
-    )
-    found = turns.times_of(timed(ffn="w"), FFN, base, layers, layers)
+    base = turns.base_times(timed(ATTENTION, "nothing"), layers, layers)
+    found = turns.times_of(timed(FFN, "w"), FFN, base, layers, layers)
     for metric, expected in truth.items():
         scale = 1.5  # the median of the parent's turns
         assert base[ATTENTION, PARENT][metric][0] == pytest.approx(scale * expected[ATTENTION])
