@@ -13,6 +13,7 @@ from puzzle_core.constraints import constraints_from
 from puzzle_core.files import read_json, write_json
 from puzzle_core.problem import Problem
 from puzzle_core.spec import Architecture, Workload
+from puzzle_core.targets import expressible
 
 LIBRARIES = {  # name: overrides of the stage bld
     "full": [],
@@ -137,6 +138,7 @@ class Study:
     def problem(self, library: str, metric: str) -> Problem:
         kept = self.results / "tables"
         scores, costs = tables.read("scores", kept / library / "scores.parquet"), tables.read("costs", kept / "costs" / "costs.parquet")
+        scores = expressible(scores, self.cfg.search.export_target)
         return Problem.from_tables(scores, costs, metric, str(fill(Workload, self.cfg.workload).scenario))
 
     def limits(self, speedup: float | None) -> dict[str, object]:

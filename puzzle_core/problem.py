@@ -139,7 +139,8 @@ class Problem:
         if lacking or len(architecture.layers) != self.num_layers:
             raise ValueError(
                 f"the tables have {self.num_layers} layers, the architecture {len(architecture.layers)}, and no row for "
-                f"{', '.join(lacking) or 'the others'}. Rerun bld, score and profile-hardware with what is missing."
+                f"{', '.join(lacking) or 'the others'}. Rerun bld, score and profile-hardware with what is missing, unless it is what "
+                "search.export_target leaves out."
             )
         return [self._row_of[option] for option in architecture.rows()]
 

@@ -12,13 +12,15 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from puzzle_core import mip
+from puzzle_core import mip, tables
 from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
 from puzzle_core.problem import HALVES, SCORE, Problem
 from puzzle_core.spec import BLOCK, Constraint, Scenario, Solution
+from puzzle_core.targets import expressible
 
 
 class InfeasibleError(ValueError):
@@ -41,6 +43,12 @@ class Settings:
         for name, least in (("pool_size", 1), ("pool_distance", 1)):
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
+
+
+def posed(data: Path, settings: Settings, scenario: Scenario) -> Problem:
+    """The problem that the tables in `data` pose, less what `settings.export_target` has no form for."""
+    scores, costs = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs"))
+    return Problem.from_tables(expressible(scores, settings.export_target), costs, settings.metric, str(scenario))
 
 
 def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -> list[Solution]:

@@ -1,19 +1,16 @@
 """The best score at many limits of one constraint, solved in one process: a table, a picture and the data of a plot."""
 from pathlib import Path
 
-from puzzle_core import plots, search, tables, targets
+from puzzle_core import plots, search
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
-from puzzle_core.problem import Problem
 from puzzle_core.spec import Workload
 
 
 @stage("frontier")
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
-    scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
-    scores = targets.expressible(scores, cfg.search.export_target)
-    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
+    problem = search.posed(data, settings, fill(Workload, cfg.workload).scenario)
     name, how = cfg.frontier.constraint, plain(cfg.frontier)
     del how["constraint"]
     points = search.frontier(problem, plain(cfg.constraints), name, **how, time_limit_s=settings.time_limit_s)

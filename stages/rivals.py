@@ -1,20 +1,17 @@
 """The MIP beside reinforcement learning, greedy and simpler choices: same tables, same constraints; a table and a picture."""
 from pathlib import Path
 
-from puzzle_core import plots, rivals, tables, targets
+from puzzle_core import plots, rivals, search
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.constraints import constraints_from
 from puzzle_core.files import write_json
-from puzzle_core.problem import Problem
 from puzzle_core.spec import Workload
 
 
 @stage("rivals", reads="search")
 def run(cfg):
     data, out = Path(cfg.data), Path(cfg.out)
-    scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
-    scores = targets.expressible(scores, cfg.search.export_target)
-    problem = Problem.from_tables(scores, costs, plain(cfg.search)["metric"], str(fill(Workload, cfg.workload).scenario))
+    problem = search.posed(data, fill(search.Settings, cfg.search), fill(Workload, cfg.workload).scenario)
     constraints = constraints_from(plain(cfg.constraints), problem)
     entries = rivals.compete(problem, constraints, fill(rivals.Settings, cfg.rivals))
     rows = [{**entry.to_json(), "source": problem.source, "hardware": problem.hardware} for entry in entries]

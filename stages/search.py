@@ -1,20 +1,17 @@
 """Choose one variant per layer and subblock: the least total score within the constraints. Tables in, solution out."""
 from pathlib import Path
 
-from puzzle_core import search, tables, targets
+from puzzle_core import search
 from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.files import write_json
-from puzzle_core.problem import Problem
 from puzzle_core.spec import Workload
 
 
 @stage("search")
 def run(cfg):
     data, out, settings = Path(cfg.data), Path(cfg.out), fill(search.Settings, cfg.search)
-    scores, costs = tables.read("scores", data / "scores.parquet"), tables.read("costs", data / "costs.parquet")
-    scores = targets.expressible(scores, settings.export_target)
-    problem = Problem.from_tables(scores, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
+    problem = search.posed(data, settings, fill(Workload, cfg.workload).scenario)
     pool = search.search(problem, plain(cfg.constraints), settings)
     solution = pool[0]
     write_json(out / "solution.json", solution.to_json())

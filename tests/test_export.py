@@ -11,12 +11,12 @@ from test_search import SCENARIO, make_tables
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from puzzle_core import export_gguf, modeling_puzzle, nemotron
+from puzzle_core import export_gguf, modeling_puzzle, nemotron, tables
 from puzzle_core.children import make_child, save_child
 from puzzle_core.export import SavedChild
 from puzzle_core.parents import load_parent
-from puzzle_core.search import Problem, constraints_from, solve
-from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Variant
+from puzzle_core.search import Settings, constraints_from, posed, solve
+from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Scenario, Variant
 from puzzle_core.targets import TARGETS, expressible, target_named, why_not
 from puzzle_core.tokens_gguf import PRE_TOKENIZERS
 
@@ -417,18 +417,19 @@ def test_a_published_layer_without_a_form_here_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_search_never_chooses_what_its_export_target_has_no_form_for(name):
-    scores, costs = make_tables(
-        attention=["parent", "kv1", "linear", "no_op"], ffn=["parent", "w768", "w700", "linear"], score=lambda layer, subblock, k: 1 / k
-    )
+def test_the_search_never_chooses_what_its_export_target_has_no_form_for(name, tmp_path):
+    space = {"attention": ["parent", "kv1", "linear", "no_op"], "ffn": ["parent", "w768", "w700", "linear"]}
+    for kind, table in zip(("scores", "costs"), make_tables(**space, score=lambda layer, subblock, k: 1 / k), strict=True):
+        tables.write(kind, table, tmp_path / f"{kind}.parquet")
 
-    def found(table):
-        problem = Problem.from_tables(table, costs, "kl", SCENARIO)
-        return solve(problem, constraints_from({"params_fraction": 0.6}, problem)).architecture
+    def found(target):
+        problem = posed(tmp_path, Settings(export_target=target), Scenario.parse(SCENARIO))
+        return problem, solve(problem, constraints_from({"params_fraction": 0.6}, problem)).architecture
 
-    assert found(expressible(scores, None)) == found(scores)
-    assert any(why_not(name, *choice) for choice in found(scores).items())
-    restricted = found(expressible(scores, name))
+    (_, free), (problem, restricted) = found(None), found(name)
+    assert any(why_not(name, *choice) for choice in free.items())
+    with pytest.raises(ValueError, match="no row for layer 0 attention .* unless it is what search.export_target leaves out"):
+        problem.rows_of(free)
     assert [choice for choice in restricted.items() if why_not(name, *choice)] == []
     assert restricted[0, "attention"] != NO_OP and NO_OP in {restricted[layer, "attention"] for layer in (1, 2, 3)}
 

@@ -341,8 +341,7 @@ def test_thirty_layers_of_nine_options_are_proven_optimal_in_seconds():
 def test_the_sample_tables_are_in_order_and_searched_to_a_proven_optimum():
     data = ROOT / "data/samples/smollm2-135m"
     assert not checks.faults(checks.load(data))
-    scores, costs = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs"))
-    problem = Problem.from_tables(scores, costs, "kl", "b64p512g512")
+    problem = search.posed(data, search.Settings(), Scenario.parse("b64p512g512"))
     solution = solve(problem, constraints_from({"speedup": 1.5}, problem))
     assert solution.status == "optimal" and solution.speedup >= 1.5
     assert solution.score < solve(problem, constraints_from({"speedup": 2.0}, problem)).score
