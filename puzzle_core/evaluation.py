@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from puzzle_core.corpus import Corpus
 from puzzle_core.quality import sequence_sums
-from puzzle_core.serving import side_by_side
-from puzzle_core.spec import Scenario
+from puzzle_core.serving import side_by_side, warn_if_elsewhere
+from puzzle_core.spec import Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained
 
 
@@ -88,12 +88,13 @@ def _share(name: str, parent: list[Answers], child: list[Answers]) -> dict[str, 
 
 
 def measure(
-    parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, scenario: Scenario, serving: str, settings: Settings
+    parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, solution: Solution, serving: str, settings: Settings
 ) -> dict[str, dict[str, float]]:
-    """One row of metrics for the parent and one for the child, the same names as search's prediction has."""
+    """One row of metrics for the parent and one for the child, the same names as the prediction of `solution` has."""
+    warn_if_elsewhere(solution, parent, serving)
     answers = accuracies(parent, child, corpus.tokenizer, settings)
     quality, domains = compare(parent, child, settings.batches(corpus)), by_domain(parent, child, corpus, settings)
-    totals = side_by_side({"parent": parent, "child": child}, scenario, serving, settings.repeats, warmup=1)
+    totals = side_by_side({"parent": parent, "child": child}, solution.scenario, serving, settings.repeats, warmup=1)
     return {name: {**quality[name], **totals[name], **answers[name], **domains[name]} for name in quality}
 
 

@@ -8,7 +8,6 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
-from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
 
 
@@ -26,8 +25,7 @@ def run(cfg):
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
             verify_reload(child, part, reported[0][:1])
-            warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
-            metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, settings)
+            metrics = evaluation.measure(parent.model, child, corpus, solution, cfg.hardware.serving, settings)
             cards.write(part, parent, solution, metrics, cards.ASSEMBLED, corpus.name)
         for name, row in {**metrics, "predicted": solution.predicted()}.items():
             write_json(out / "metrics" / f"{name}.json", row)

@@ -7,7 +7,6 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
-from puzzle_core.serving import warn_if_elsewhere
 from puzzle_core.spec import Solution
 
 
@@ -27,8 +26,7 @@ def run(cfg):
                     gkd.link(healed, part)
                     child = load_child(part, parent.model.dtype, parent.device)  # as a user gets it, Trainer's wrappers off
                     measured_by = fill(evaluation.Settings, cfg.evaluation)
-                    warn_if_elsewhere(solution, parent.model, cfg.hardware.serving)
-                    metrics = evaluation.measure(parent.model, child, corpus, solution.scenario, cfg.hardware.serving, measured_by)
+                    metrics = evaluation.measure(parent.model, child, corpus, solution, cfg.hardware.serving, measured_by)
                     cards.write(part, parent, solution, metrics, cards.DISTILLED.format(settings.num_tokens, corpus.name), corpus.name)
                 write_json(out / "plots" / "gkd_curve.json", gkd.training_rows(curve))
                 write_json(out / "plots" / "gkd_held_out.json", gkd.held_out_rows(curve))

@@ -125,12 +125,15 @@ def test_the_error_of_what_is_retained_is_that_of_resampled_questions():
     assert retained([SimpleNamespace(accuracy=0.2, chance=0.25)], children[:1]) is None
 
 
-def test_a_childs_row_has_accuracies_beside_the_rest(pico, tmp_path):
+def test_a_childs_row_has_accuracies_beside_the_rest(pico, tmp_path, capsys):
     corpus, file = Corpus(pico.tokenizer, EXCERPT), written(tmp_path / "q.jsonl", SAMPLE)
     settings = evaluation.Settings({"num_tokens": 512, "seq_len": 64, "batch_size": 4}, 0, 1, {"mine": {"path": file}}, 8)
-    child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
+    chosen = architecture(*["kv1 w80"] * 4)
+    child = make_child(pico, chosen, variants(pico, tmp_path))
+    solution = Solution(chosen, Scenario(1, 8, 2), "kl", 0.4, 0.4, "optimal", 0.0, {}, {}, (), hardware="another machine")
     before = dict(pico.tokenizer.special_tokens_map)
-    rows = evaluation.measure(pico.model, child, corpus, Scenario(1, 8, 2), "eager", settings)
+    rows = evaluation.measure(pico.model, child, corpus, solution, "eager", settings)
+    assert "costs of another machine, but times are measured on" in capsys.readouterr().err
     assert pico.tokenizer.special_tokens_map == before
     assert rows["parent"].get("mine_retained", 0) == rows["parent"].get("accuracy_retained", 0) == (rows["parent"]["mine_accuracy"] > 0.25)
     assert set(rows["child"]) == set(rows["parent"]) >= {"kl", "speedup", "mine_accuracy", "mine_accuracy_stderr", "mine_chance"}
