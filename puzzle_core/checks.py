@@ -185,15 +185,16 @@ def _costs_of_scores(scores: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]
 
 
 def _scenarios(costs: pd.DataFrame) -> Iterator[str]:
+    """A scenario may lack metrics, whose totals are then not known there; but not because it has one under a misspelt name."""
     metrics = {scenario: set(rows["metric"]) for scenario, rows in costs.groupby("scenario")}
-    everywhere = set.union(*metrics.values())
-    for metric in sorted(everywhere - set(BASE_METRICS)):
-        if close := difflib.get_close_matches(metric, set(BASE_METRICS) - everywhere, n=1, cutoff=0.8):
-            yield f"costs: metric {metric} is no metric that totals are made of; did you mean {close[0]}?"
+    misspelt = {}
     for scenario, there in metrics.items():
-        if there < everywhere:
-            lacking = ", ".join(sorted(everywhere - there))
-            yield f"costs: scenario {scenario} has no {lacking}, which other scenarios have; add the rows or drop the scenario"
+        for metric in sorted(there - set(BASE_METRICS)):
+            close = difflib.get_close_matches(metric, set(BASE_METRICS) - there, n=1, cutoff=0.8)
+            if close and not any({metric, *close} <= others for others in metrics.values()):
+                misspelt.setdefault((metric, *close), []).append(scenario)
+    for (metric, close), scenarios in misspelt.items():
+        yield f"costs: {metric} of scenario {_some(scenarios)} is no metric that totals are made of; did you mean {close}?"
 
 
 def _library(scores: pd.DataFrame, library: pd.DataFrame) -> Iterator[str]:

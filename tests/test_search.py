@@ -616,6 +616,29 @@ def test_the_checker_names_what_is_wrong_with_costs(query, changed, words):
     assert all(any(word in fault for fault in faults) for word in words), faults
 
 
+def test_a_scenario_is_searched_with_the_metrics_that_it_has():
+    scores, costs = make_tables()
+    prompts = costs.query("metric in ('prefill_ms', 'num_params')").assign(scenario="b1p4096g16")
+    both = pd.concat([costs, prompts], ignore_index=True)
+    assert checks.faults({"scores": scores, "costs": both}) == []
+    problem = Problem.from_tables(scores, both, "kl", SCENARIO)
+    limit = {"prefill_ms": {"at_most": "70%", "scenario": "b1p4096g16"}}
+    assert solve(problem, constraints_from(limit, problem)).status == "optimal"
+    there = problem.at(Scenario(1, 4096, 16))
+    assert set(solve(there, constraints_from({"prefill_ms": "70%"}, there)).totals) == {"prefill_ms", "num_params"}
+    with pytest.raises(ValueError, match="latency_ms needs decode_ms, which the costs table does not have in scenario b1p4096g16"):
+        constraints_from({"speedup": 1.3}, there)
+
+
+def test_the_checker_tells_a_misspelt_metric_from_one_of_the_tables_own():
+    scores, costs = make_tables()
+    other = costs.assign(scenario="b1p4096g16").replace({"metric": {"prefill_ms": "prefil_ms"}})
+    (fault,) = checks.faults({"scores": scores, "costs": pd.concat([costs, other], ignore_index=True)})
+    assert "prefil_ms of scenario b1p4096g16" in fault and "did you mean prefill_ms?" in fault
+    energy = [costs.query("metric == 'prefill_ms'").assign(metric="prefill_mj", scenario=s, unit="mJ") for s in (SCENARIO, "b1p4096g16")]
+    assert checks.faults({"scores": scores, "costs": pd.concat([costs, *energy], ignore_index=True)}) == []
+
+
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
