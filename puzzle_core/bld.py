@@ -114,13 +114,15 @@ def planned(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
     )
 
 
-def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings) -> str:
+def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, tflops: float) -> str:
     """The whole library's plan as a table, for 1, 8 and 64 processes with a GPU each; `parent` may have no weights.
 
     What a process does is its fullest rank's: windows, layers that a training token goes through, bytes, FLOPs. Days are FLOPs at
-    `settings.plan_tflops`, with the closed form's in float32 and float64 counted as often as it is slower (`plan.work`).
-    ValueError where one layer does not fit.
+    `tflops`, with the closed form's in float32 and float64 counted as often as it is slower (`plan.work`). ValueError where
+    one layer does not fit.
     """
+    if not tflops > 0:
+        raise ValueError(f"plan.tflops is {tflops}; expected more than 0: what one GPU sustains")
     wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, variants in space.items() for v in variants]
     bytes_of = functools.cache(lambda subblock, variant: num_bytes(build_subblock(parent, 0, subblock, variant)))
     size = sum(bytes_of(s, v) for _, s, v in wanted if v != PARENT)
@@ -139,11 +141,11 @@ def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], set
             for column, value in enumerate(_fullest(parent, part, settings, num)):
                 total[column] = max(total[column], value) if column == 2 else total[column] + value
         windows, layers, peak, training, of_parent, closed, flops = total
-        days = flops / (settings.plan_tflops * 1e12) / 86400
+        days = flops / (tflops * 1e12) / 86400
         lines.append(
             f"| {num} | {windows:.0f} | {layers:.0f} | {peak / GIB:,.1f} | {training:.3g} | {of_parent:.3g} | {closed:.3g} | {days:,.3g} |"
         )
-    return "\n".join([*lines, "", f"Of the busiest GPU; days at {settings.plan_tflops:g} TFLOP/s (bld.plan_tflops)."])
+    return "\n".join([*lines, "", f"Of the busiest GPU; days at {tflops:g} TFLOP/s (plan.tflops)."])
 
 
 def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int) -> list[float]:

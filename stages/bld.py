@@ -12,10 +12,6 @@ from puzzle_core.subblocks import resolve_layers
 @stage("bld", launches=True)
 def run(cfg):
     out, settings = Path(cfg.out), fill(bld.Settings, cfg.bld)
-    if settings.plan_only:
-        parent = fill(load_parent, cfg.parent, device="meta", skeleton=True)
-        print(bld.forecast(parent, resolve_layers(plain(cfg.search_space), parent.model.config, parent.family), settings))
-        return
     with ranks.joined() as mine, lock(out, mine.tag("bld")):
         parent = fill(load_parent, cfg.parent, device=mine.device(pick_device(cfg.parent.get("device", "auto"))), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))

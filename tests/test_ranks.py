@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import EXCERPT, PICO, ROOT, pico_parent, run
+from conftest import EXCERPT, PICO, ROOT, pico_parent, run, stage
 from torch import multiprocessing
 
 from puzzle_core import bld, ranks
@@ -138,6 +138,12 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_
     slurm = ["+sweep=slurm_gpus", "hydra/launcher=submitit_local", "launcher.nodes=1", "hydra.launcher.gpus_per_node=null"]
     run([*command, *slurm, "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={tmp_path / 'jobs'}"], ROOT)  # Slurm's job, run here
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
+
+
+def test_a_plan_is_printed_once_however_many_processes_there_will_be_and_makes_nothing(tmp_path):
+    done = stage("plan", "launcher.processes=2", f"out={tmp_path}")
+    assert done.stdout.count("| GPUs |") == done.stdout.count("\n| 64 |") == 1 and not list(tmp_path.iterdir())
+    assert "plan.tflops is 0; expected more than 0" in stage("plan", "plan.tflops=0", check=False).stderr
 
 
 def test_the_command_of_several_machines_names_where_they_meet():
