@@ -31,7 +31,8 @@ class CountingLayer(DynamicLayer):
 def _keep_position(past_key_values, hidden_BTD: torch.Tensor, layer_idx: int) -> None:
     """Let the cache count these tokens without storing them: keys and values of width 0.
 
-    transformers reads the position of the next token off layer 0's cache, also where layer 0 has no attention.
+    transformers reads the position of the next token off layer 0's cache, and what a mask covers off that of the first layer
+    of its kind, sliding or full, also where these have no attention. All such layers count, so that no slot of a cache is empty.
     """
     if past_key_values is not None:
         empty = hidden_BTD.new_empty(hidden_BTD.shape[0], 1, hidden_BTD.shape[1], 0)

@@ -21,13 +21,15 @@ ARCHITECTURES = {
     "layer 0 linear": architecture("linear parent", "parent w48", "no_op no_op", "kv1 w80"),
     "all kv1 w80": Architecture.uniform(4, Variant("kv", 1), Variant("w", 80)),
 }
+OF_QWEN3 = {"first sliding layer without attention": architecture("parent parent", "no_op parent", "parent parent")}
 IDS = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OF_QWEN3])
 def test_cached_decoding_equals_the_full_forward(pico, name, tmp_path):
-    child = make_child(pico, ARCHITECTURES[name], variants(pico, tmp_path))
+    parent, layers = (pico_parent("qwen3"), OF_QWEN3[name]) if name in OF_QWEN3 else (pico, ARCHITECTURES[name])
+    child = make_child(parent, layers, variants(parent, tmp_path))
     full = child(IDS, use_cache=False).logits
     caches = {
         "made by the model": None,
