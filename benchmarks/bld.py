@@ -13,7 +13,6 @@ With `--whole-steps` the run that memory is measured in is planned for 20,971,52
 each window: what fits a GPU is then what a real run takes, in a few minutes.
 """
 import argparse
-import gc
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.demo import ROOT
-from benchmarks.machine import RandomTokens, bytes_per_s, matmul_flops_per_s, now, random_parent, write_results
+from benchmarks.machine import RandomTokens, bytes_per_s, emptied, matmul_flops_per_s, now, peak_gib, random_parent, write_results
 from puzzle_core import bld
 from puzzle_core.learners import is_trained, normalised_mse
 from puzzle_core.parents import Parent, pick_device
@@ -65,18 +64,6 @@ def naive_step_s(parent: Parent, space: dict, settings: bld.Settings, repeats: i
                 optimizers[key].step()
         times.append(now(device) - start)
     return statistics.median(times[1:])
-
-
-def emptied(device: torch.device) -> None:
-    """Nothing of what ran before is in the GPU's memory, or in its peak."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else float("nan")
 
 
 def kernels(step, hidden_BTD: torch.Tensor) -> list[dict]:
@@ -151,7 +138,7 @@ def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: i
         seconds = now(device) - start
     figures = {"layers": num_layers, "windows": len(expected.windows), "seconds": seconds, "planned_gib": expected.peak_bytes / GIB}
     peak = peak_gib(device)
-    return {**figures, "peak_gib": peak, "peak_over_plan": peak * GIB / expected.peak_bytes}
+    return {**figures, "peak_gib": peak, "peak_over_plan": peak and peak * GIB / expected.peak_bytes}
 
 
 def main(arguments: list[str] | None = None) -> dict:

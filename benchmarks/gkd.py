@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
     """Seconds a step and peak bytes of a training run, from its WARMUP-th step to its last."""
 
     def __init__(self, device: torch.device):
-        self.device, self.step_s, self.peak_bytes = device, float("nan"), None
+        self.device, self.step_s, self.peak_bytes = device, None, None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == WARMUP:

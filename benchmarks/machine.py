@@ -1,4 +1,5 @@
 """What every benchmark says of where it ran, and how it writes its results."""
+import gc
 import importlib.metadata
 import platform
 import shlex
@@ -12,6 +13,7 @@ import torch
 from benchmarks.demo import save_result
 from puzzle_core.parents import Parent, load_parent
 from puzzle_core.serving import hardware_name
+from puzzle_core.shards import GIB
 
 GEOMETRIES = {  # random weights: right for speed, meaningless for quality
     "pico": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -58,6 +60,19 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def emptied(device: torch.device) -> None:
+    """Nothing of what ran before is in the GPU's memory, or in its peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most that was allocated since `emptied`; None on a CPU, where nobody counts."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

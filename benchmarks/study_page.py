@@ -238,8 +238,6 @@ def additivity_lines(groups: dict[str, dict], asked: dict) -> list[str]:
         lines += [f"Missing: {', '.join(missing)}.", ""]
     if not groups:
         return lines
-    known = [
-        [name, str(of["num_architectures"]), f"{of['spearman']:.3f}", f"{of['median_ratio']:.2f}"]
-        for name, of in groups.items()
-    ]  # fmt: skip
+    forms = {"num_architectures": "{}", "spearman": "{:.3f}", "median_ratio": "{:.2f}"}
+    known = [[name, *("" if of[key] is None else form.format(of[key]) for key, form in forms.items())] for name, of in groups.items()]
     return lines + table(["architectures", "number", "rank correlation", "median joint KL / sum"], known)

@@ -10,7 +10,6 @@ process, from all ready to the table. GKD is timed over its last steps, the same
 Each figure is printed, and docs/results/two_gpus.json written, as soon as it is known.
 """
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ import yaml
 
 from benchmarks.demo import ROOT
 from benchmarks.gkd import WARMUP, random_child, timed
-from benchmarks.machine import RandomTokens, now, random_parent, write_results
+from benchmarks.machine import RandomTokens, emptied, now, peak_gib, random_parent, write_results
 from puzzle_core import bld, gkd, ranks, scoring, tables
 from puzzle_core.files import write_json
 from puzzle_core.launcher import is_launched
@@ -46,17 +45,6 @@ def seconds(mine: ranks.Ranks, device: torch.device, work) -> tuple[float, objec
     result = work()
     mine.wait()
     return now(device) - start, result
-
-
-def peak_gib(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
-
-
-def emptied(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def layers_of(options: argparse.Namespace) -> dict[str, int]:

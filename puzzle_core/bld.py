@@ -37,7 +37,6 @@ def jobs(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], setting
     A row's fingerprint does not depend on which other rows there are.
     """
 
-
     def job(layer: int, subblock: str, variant: Variant | Joint) -> Job:
         halves = tuple(job(layer, *half) for half in variant.halves) if isinstance(variant, Joint) else ()
         shared = (VERSION, seed, settings.determining(variant), parent.identity, corpus.fingerprint)

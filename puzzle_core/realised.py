@@ -162,8 +162,14 @@ def table(rows: list[dict]) -> str:
     return pd.DataFrame(rows)[columns].sort_values("realised").to_string(index=False, float_format="{:.4g}".format)
 
 
-def agreement(rows: list[dict]) -> dict[str, float | int]:
-    """How well `predicted` tells `realised`: Spearman's rank correlation and the median ratio."""
+def agreement(rows: list[dict]) -> dict[str, float | int | None]:
+    """How well `predicted` tells `realised`: Spearman's rank correlation and the median ratio; None where the rows do not say."""
     frame = pd.DataFrame(rows)
-    rank_correlation = frame["predicted"].rank().corr(frame["realised"].rank())
-    return {"num_architectures": len(frame), "spearman": float(rank_correlation), "median_ratio": float(frame["ratio"].median())}
+    found = {"spearman": frame["predicted"].rank().corr(frame["realised"].rank()), "median_ratio": frame["ratio"].astype(float).median()}
+    return {"num_architectures": len(frame), **{name: float(value) if math.isfinite(value) else None for name, value in found.items()}}
+
+
+def in_words(summary: dict[str, float | int | None]) -> str:
+    """What `agreement` found."""
+    correlation, ratio = ("unknown" if summary[name] is None else f"{summary[name]:.3f}" for name in ("spearman", "median_ratio"))
+    return f"rank correlation with the prediction {correlation}, median ratio {ratio}"

@@ -30,8 +30,7 @@ def run(cfg):
     title = f"{len(rows)} architectures, {sum(batch.size for batch in batches):,} held-out tokens"
     plots.realised_picture(rows, problem.metric, out / "plots" / "realised.png", title)
     print(realised.table(rows))
-    print(f"realised: {title}: rank correlation with the prediction {summary['spearman']:.3f}, "
-          f"median ratio {summary['median_ratio']:.3f}; {out}/realised.json, {out}/plots/realised.png")  # fmt: skip
+    print(f"realised: {title}: {realised.in_words(summary)}; {out}/realised.json, {out}/plots/realised.png")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,13 @@ def test_the_joint_kl_of_an_architecture_is_that_of_its_child(parent, tmp_path, 
     assert evaluation.compare(parent.model, parent.model, batches)["child"]["kl"] == pytest.approx(0, abs=1e-7)  # all is back in place
 
 
+def test_what_too_few_architectures_cannot_say_is_null():
+    rows = [{"predicted": p, "realised": r, "ratio": r / p if p else None} for p, r in ((0.0, 0.0), (0.5, 0.4), (0.8, 0.8))]
+    assert realised.in_words(realised.agreement(rows)) == "rank correlation with the prediction 1.000, median ratio 0.900"
+    assert realised.agreement(rows[:1]) == {"num_architectures": 1, "spearman": None, "median_ratio": None}
+    assert realised.in_words(realised.agreement(rows[:1])) == "rank correlation with the prediction unknown, median ratio unknown"
+
+
 def trains(monkeypatch, cfg) -> bool:
     """Whether gkd trains when it is run."""
     trained, distill = [], gkd.distill
