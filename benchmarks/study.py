@@ -1,18 +1,25 @@
 """Is it the search that did it? One library, many ways to choose from it, each child healed and measured: the study's table.
 
-    SETTINGS="parent.dtype=bfloat16 corpus=files corpus.path=text corpus.validation_fraction=0.03 search_space=paper bld=full score=full
-      hardware=cuda workload=throughput gkd=full evaluation.text={num_tokens:65536,seq_len:1024,batch_size:8} evaluation.task_batch_size=64
-      realised={num_tokens:65536,seq_len:1024,batch_size:8,head_tokens:4096,memory_gib:16} search.pool_distance=12 rivals.time_limit_s=10"
-    python -m benchmarks.study libraries --out study --minutes 9 --tasks questions $SETTINGS    # again until it says that all are there
-    python -m benchmarks.study choose --out study             # the searches: no GPU, and no model
-    python -m benchmarks.study heal --out study --minutes 9   # again until it says that no row is missing
-    python -m benchmarks.study additivity --out study --minutes 9
-    python -m benchmarks.study page --out study               # writes docs/results/study.json and study.md
+    SETTINGS=(parent.dtype=bfloat16 corpus=files corpus.path=text corpus.validation_fraction=0.03 search_space=paper bld=full score=full
+      hardware=cuda workload=throughput gkd=full search.pool_distance=12 rivals.time_limit_s=10 evaluation.task_batch_size=64
+      "evaluation.text={num_tokens:65536,seq_len:1024,batch_size:8}"
+      "realised={num_tokens:65536,seq_len:1024,batch_size:8,head_tokens:4096,memory_gib:16}"
+      "+evaluation.tasks.lambada={path:data/questions/lambada_openai.jsonl,num_questions:1500}"
+      "+evaluation.tasks.piqa={path:data/questions/piqa.jsonl,delimiter:'Answer: ',metric:acc_norm}"
+      "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}"
+      "+evaluation.tasks.hellaswag={path:data/questions/hellaswag100.jsonl,metric:acc_norm}")
+    python -m benchmarks.study libraries --out study --minutes 9 "${SETTINGS[@]}"   # the settings once; again until none is unfinished
+    python -m benchmarks.study choose --out study                           # the searches: no GPU, and no model
+    python -m benchmarks.study heal --out study --minutes 9 --per-gpu 2     # again until no row is missing
+    python -m benchmarks.study speeds --out study --minutes 9               # alone on the machine; needs no library
+    python -m benchmarks.study additivity --out study --minutes 9 --per-gpu 2
+    python -m benchmarks.study page --out study                             # docs/results/study.json and study.md, the README's headline
 
-Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), a process each. With `--minutes` nothing is begun after that, and
-what still runs is ended; the same command goes on: a row that was ended begins anew, a library goes on from its last checkpoint.
-All that is known is in small files under OUT/results/, the libraries' weights beside it. Carried to another machine and put there,
-`libraries` makes the weights again and keeps scores and costs.
+Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), `--per-gpu` processes on each: while one compiles, tokenises or
+asks questions, another trains. Speeds are therefore measured apart. With `--minutes` nothing is begun that will not end in time, as
+far as is known, and what still runs then is ended; the same command goes on: a row that was ended begins anew, a library goes on from
+its last checkpoint. All that is known is in small files under OUT/results/, the libraries' weights beside it. Carried to another machine
+and put there, `libraries` makes those weights again that a row still needs, and keeps scores and costs.
 """
 import argparse
 import contextlib
@@ -25,18 +32,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from benchmarks import study_page
-from benchmarks.study_children import additivity, heal
+from benchmarks.study_children import Turn, additivity, heal, needs_weights, speeds
 from benchmarks.study_rows import LIBRARIES, Study
-from puzzle_core.config import ROOT
+from puzzle_core.config import ROOT, fill
+from puzzle_core.evaluation import Settings
 from puzzle_core.files import write_json
 
 PYTHON = sys.executable
-WORK = {"heal": heal, "additivity": additivity}  # what GPUs share
+WORK = {"heal": heal, "speeds": speeds, "additivity": additivity}  # what GPUs share
 Device = str | None  # of CUDA_VISIBLE_DEVICES; None: there is none
 
 
@@ -88,7 +98,7 @@ def shared(jobs: list, work: Callable[[object, Device], object]) -> list:
 
 
 def libraries(study: Study, until: float) -> None:
-    """Three libraries with their scores, and one table of costs, by the stages themselves."""
+    """The libraries that are still needed with their scores, and one table of costs, by the stages themselves."""
 
     def stages(name: str, steps: dict[str, list[str]], device: Device) -> bool:
         folder = study.folder / name
@@ -102,23 +112,25 @@ def libraries(study: Study, until: float) -> None:
         return True
 
     jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
+    jobs = [(name, steps) for name, steps in jobs if needs_weights(study, name)]
     jobs.append(("costs", {"costs": ["profile_hardware"]}))
     for name, steps in jobs:
         study.bring_back(name, list(steps)[-1])
     ended = shared(jobs, lambda job, device: stages(*job, device))
     unfinished = [name for (name, _), whole in zip(jobs, ended, strict=True) if not whole]
-    print(f"libraries: unfinished are {', '.join(unfinished)}: run the command again" if unfinished else "libraries: all are there")
+    print(f"libraries: unfinished are {', '.join(unfinished)}: run the command again" if unfinished else "libraries: all needed are there")
 
 
-def in_processes(step: str, study: Study, until: float) -> None:
-    """`step` in a process for each GPU; in this one where nothing has to be ended and there is one device at most."""
-    if until == math.inf and len(devices()) == 1:
-        WORK[step](study, until)
+def in_processes(step: str, study: Study, turn: Turn) -> None:
+    """`step` in processes on each GPU; in this one where it is alone and nothing has to be ended."""
+    places = devices() * turn.per_gpu
+    if turn.until == math.inf and len(places) == 1:
+        WORK[step](study, turn)
         return
-    command = [PYTHON, "-m", "benchmarks.study", step, "--out", str(study.folder), "--worker"]
-    if until != math.inf:
-        command += ["--minutes", str((until - time.time()) / 60)]
-    ended = shared(devices(), lambda _, device: run(command, device, until))
+    command = [PYTHON, "-m", "benchmarks.study", step, "--out", str(study.folder)]
+    command += ["--per-gpu", str(turn.per_gpu), "--worker", str(turn.until)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        ended = list(pool.map(lambda device: run(command, device, turn.until), places))
     if not all(ended):
         print(f"{step}: stopped before its end; what was under way is lost")
 
@@ -137,10 +149,11 @@ def noted(study: Study, command: list[str]) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["libraries", "choose", "heal", "additivity", "page"])
+    parser.add_argument("step", choices=["libraries", "choose", *WORK, "page"])
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing is begun, and what runs is ended")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--per-gpu", type=int, default=1, help="processes on each GPU, of heal and additivity; default 1")
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # one of them, until then
     fixed = parser.add_argument_group("fixed by the study's first command")
     for name, kind, meaning in (
         ("speedups", _numbers, "default 1.25,1.5,2.0"),
@@ -150,33 +163,37 @@ def main(arguments: list[str] | None = None) -> None:
         ("ablation-tokens", int, "of GKD in the rows that compare its losses; default 4,194,304"),
         ("random", int, "architectures for additivity; default 100"),
         ("frontier", int, "architectures of the frontier, for additivity; default 20"),
-        ("tasks", str, "a folder of .jsonl files of questions; default: none are asked"),
-        ("questions", int, "of each file; default 1500"),
     ):
         fixed.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=meaning)
     fixed.add_argument("overrides", nargs="*", help="as the stages take them")
     given = vars(parser.parse_intermixed_args(arguments))
-    step, folder, minutes, worker = (given.pop(key) for key in ("step", "out", "minutes", "worker"))
-    study, until = Study(folder), time.time() + 60 * minutes
+    step, folder, minutes, per_gpu, worker = (given.pop(key) for key in ("step", "out", "minutes", "per_gpu", "worker"))
+    if step == "speeds" and per_gpu > 1:
+        parser.error("speeds are measured by one process on each GPU: leave --per-gpu out")
+    study, turn = Study(folder), Turn(time.time() + 60 * minutes if worker is None else worker, per_gpu)
     try:
-        study.ask({key: value for key, value in given.items() if value != []})
-    except ValueError as error:
+        study.ask({key: value for key, value in given.items() if value != []}, can_be_asked)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if worker:
-        WORK[step](study, until)
+    if worker is not None:
+        WORK[step](study, turn)
     elif step == "page":
         print(f"page: {study_page.write(study)}")
     else:
         with noted(study, sys.argv[1:] if arguments is None else arguments):
             if step == "libraries":
-                libraries(study, until)
+                libraries(study, turn.until)
             elif step == "choose":
-                study.choose(until)
+                study.choose(turn.until)
             else:
-                in_processes(step, study, until)
-        missing = [row["name"] for row in study_page.rows(study) if "missing" in row]
-        there = f"{len(study.rows) - len(missing)} of {len(study.rows)} rows are there"
-        print(f"{step}: {there}; missing: {', '.join(missing)}" if missing else f"{step}: {there}")
+                in_processes(step, study, turn)
+        missing = study_page.missing(study)
+        print(f"{step}: missing of " + "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in missing.items()))
+
+
+def can_be_asked(cfg: DictConfig) -> None:
+    """ValueError or OSError for questions that cannot be put, before anything is begun."""
+    fill(Settings, cfg.evaluation).exam()
 
 
 def _numbers(text: str) -> list[float]:

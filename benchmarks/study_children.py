@@ -1,28 +1,31 @@
-"""The children of the study: the parent in memory once, each row's child made, healed and measured with it."""
+"""The children of the study: the parent in memory once, each row's child made, healed and measured with it; and how fast each is."""
+import collections
 import contextlib
 import gc
 import importlib.metadata
-import importlib.util
+import math
 import platform
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from benchmarks.study_rows import LOSSES, Row, Study
+from benchmarks.study_rows import LOSSES, Row, Study, groups_of
 from puzzle_core import evaluation, gkd, realised, rivals, search, tables
-from puzzle_core.children import make_child
+from puzzle_core.children import make_child, random_weights
 from puzzle_core.config import fill, plain
 from puzzle_core.constraints import constraints_from
 from puzzle_core.corpus import Corpus
-from puzzle_core.files import fingerprint, lock, read_json, write_json
-from puzzle_core.parents import load_parent, pick_device
+from puzzle_core.files import fingerprint, lock, write_json
+from puzzle_core.parents import Parent, load_parent, pick_device
 from puzzle_core.serving import hardware_name, side_by_side
 from puzzle_core.spec import Architecture, Workload
-from puzzle_core.tasks import Exam, Task
+from puzzle_core.tasks import Answers, Exam
 
 
 class TokenizedOnce(Corpus):
@@ -33,23 +36,62 @@ class TokenizedOnce(Corpus):
         self.sequences = lru_cache(maxsize=6)(self.sequences)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The time that a process has, and how many of them share its GPU."""
+
+    until: float = math.inf
+    per_gpu: int = 1
+    start: float = field(default_factory=time.time)
+
+    def allows(self, known_s: list[float]) -> bool:
+        """Whether what took `known_s` before will end in time; where nothing is known, whether more time is left than has gone by."""
+        now = time.time()
+        return now + max(known_s, default=now - self.start) < self.until
+
+
+def once(study: Study, turn: Turn, kind: str, name: str, known_s: list[float], make: Callable[[], dict]) -> None:
+    """Write what `make` gives to results/KIND/NAME.json, unless it is there, another process is at it, or time is short."""
+    with contextlib.suppress(BlockingIOError), lock(study.locks, f"{kind}-{name}"):
+        if not study.file(kind, name).exists() and turn.allows(known_s):
+            start = time.perf_counter()
+            found = make()
+            found["took_s"] = time.perf_counter() - start
+            write_json(study.file(kind, name), found)
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(f"{kind} {name}: {summary(found)}{found['took_s']:.0f} s", flush=True)
+
+
+def load(study: Study) -> Parent:
+    return fill(load_parent, study.cfg.parent, device=pick_device(study.cfg.hardware.device))
+
+
+def made_with(parent: Parent) -> dict:
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+    return {"machine": hardware_name(parent.device), "versions": versions}
+
+
 class Bench:
-    """The parent in memory, and what every child is measured with."""
+    """The parent in memory, and what the quality of every child is measured with."""
 
     def __init__(self, study: Study):
-        cfg, asked = study.cfg, study.asked
-        self.study, self.cfg = study, cfg
-        self.parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
-        self.corpus = TokenizedOnce(self.parent.tokenizer, plain(cfg.corpus))
-        self.settings = fill(evaluation.Settings, cfg.evaluation)
-        self.text, self.pool_text = self.settings.batches(self.corpus), fill(realised.Settings, cfg.realised)
-        self.exam = _exam(asked.tasks, asked.questions, self.settings.task_batch_size)
-        self.machine = hardware_name(self.parent.device)
-        self.versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers")}}
+        self.study, self.cfg = study, study.cfg
+        self.parent = load(study)
+        self.corpus = TokenizedOnce(self.parent.tokenizer, plain(self.cfg.corpus))
+        self.settings = fill(evaluation.Settings, self.cfg.evaluation)
+        self.text, self.pool_text = self.settings.batches(self.corpus), fill(realised.Settings, self.cfg.realised)
 
     @cached_property
-    def of_parent(self) -> dict:
-        return self.exam.ask(self.parent.model, self.corpus.tokenizer)
+    def exam(self) -> Exam | None:
+        return self.settings.exam()
+
+    def answers(self, model: PreTrainedModel) -> dict[str, Answers]:
+        return self.exam.ask(model, self.corpus.tokenizer) if self.exam else {}
+
+    @cached_property
+    def of_parent(self) -> dict[str, Answers]:
+        return self.answers(self.parent.model)
 
     def weights_of(self, library: str):
         table = tables.read("library", self.study.results / "tables" / library / "library.parquet")
@@ -59,8 +101,9 @@ class Bench:
         batches = self.pool_text.batches(self.corpus, self.text)
         return realised.joint_kl(self.parent, architectures, self.weights_of(library), batches, self.pool_text)
 
-    def heal(self, row: Row, architecture: Architecture) -> dict:
-        """The child of `architecture` healed as `row` says, measured before and after; its time beside the parent's."""
+    def heal(self, row: Row, architecture: Architecture, per_gpu: int) -> dict:
+        """The child of `architecture` healed as `row` says, measured before and after."""
+        of_parent = self.of_parent  # first: questions that cannot be asked are no news for after the training
         clock, settings, curve = [time.perf_counter()], gkd_settings(self.study, row), []
         child = make_child(self.parent, architecture, self.weights_of(row.library))
         record = {"library": row.library, "seed": row.seed, "gkd": gkd_json(self.study, row), "architecture": architecture.to_json()}
@@ -72,38 +115,22 @@ class Bench:
                 with tempfile.TemporaryDirectory() as work:
                     curve = gkd.heal(self.parent, child, self.corpus, settings, self.cfg.seed + row.seed, Path(work))
             clock.append(time.perf_counter())
-            record |= self.measured(child)
+            rows = evaluation.compare(self.parent.model, child, self.text)
+            answers = evaluation.accuracy_rows(of_parent, self.answers(child))
+            record |= {"parent": rows["parent"] | answers["parent"], "after": rows["child"] | answers["child"]}
         except FloatingPointError as error:
             record["failed"] = str(error)
         torch.compiler.reset()  # the graphs of this child's layers: torch has room for a few hundred
         clock.append(time.perf_counter())
         steps = zip(("make", "heal", "measure"), clock, clock[1:], strict=False)
         seconds = {name: end - start for name, start, end in steps}
-        return record | {"held_out": gkd.held_out_rows(curve), "seconds": seconds, "machine": self.machine, "versions": self.versions}
+        return record | {"held_out": gkd.held_out_rows(curve), "seconds": seconds, "per_gpu": per_gpu, **made_with(self.parent)}
 
-    def measured(self, child) -> dict[str, dict[str, float]]:
-        """Rows of the parent and of the child `after` whatever it went through: quality, accuracies, times of requests in turn."""
-        models, scenario = {"parent": self.parent.model, "child": child}, fill(Workload, self.cfg.workload).scenario
-        rows = evaluation.compare(self.parent.model, child, self.text)
-        answers = evaluation.accuracy_rows(self.of_parent, self.exam.ask(child, self.corpus.tokenizer)) if self.exam else {}
-        totals = side_by_side(models, scenario, self.cfg.hardware.serving, self.settings.repeats, warmup=1)
-        for name in models:
-            speedup = totals["parent"]["latency_ms"] / totals[name]["latency_ms"]
-            rows[name] |= {"speedup": speedup, **totals[name], **answers.get(name, {})}
-        return {"parent": rows["parent"], "after": rows["child"]}
-
-
-def _exam(folder: str | None, num_questions: int, batch_size: int) -> Exam | None:
-    """The questions of every .jsonl file of a folder; None without a folder, or without lm-eval, which is said."""
-    if folder is None:
-        return None
-    files = sorted(Path(folder).glob("*.jsonl"))
-    if not files:
-        raise FileNotFoundError(f"no .jsonl file in {folder}/, the folder of --tasks")
-    if not importlib.util.find_spec("lm_eval"):
-        print("lm-eval is not installed: no questions are asked", flush=True)
-        return None
-    return Exam([Task(file.stem, str(file), num_questions) for file in files], batch_size)
+    def pool(self, row: Row) -> dict:
+        """The joint KL of each of the row's architectures, and which has the least."""
+        pool = self.study.read("chosen", row.name)["pool"]
+        kls = self.joint_kls(row.library, [Architecture.from_json(one["architecture"]) for one in pool])
+        return {"joint_kl": kls, "predicted": [one["kl"] for one in pool], "chosen": kls.index(min(kls))}
 
 
 def gkd_json(study: Study, row: Row) -> dict | None:
@@ -144,82 +171,95 @@ def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
     return fingerprint(row.library, architecture.to_json(), settings, row.seed if settings else None)
 
 
-def measure_pool(bench: Bench, row: Row) -> None:
-    """Write the joint KL of each of the row's architectures, and which has the least."""
-    pool = bench.study.read("chosen", row.name)["pool"]
-    kls = bench.joint_kls(row.library, [Architecture.from_json(one["architecture"]) for one in pool])
-    measured = {"joint_kl": kls, "predicted": [one["kl"] for one in pool], "chosen": kls.index(min(kls))}
-    write_json(bench.study.file("pools", row.name), measured)
+def speed_of(architecture: Architecture) -> str:
+    """The name of what is timed: weights and seed do not matter to it."""
+    return fingerprint(architecture.to_json())
 
 
-def heal(study: Study, until: float) -> None:
+def needs_weights(study: Study, library: str) -> bool:
+    """Whether a row that is not healed, or a group whose joint KL is not measured, needs the variants' weights."""
+
+    def settled(row: Row) -> bool:
+        chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
+        healed = architecture is not None and study.file("healed", healing_of(study, row, architecture)).exists()
+        return healed or chosen is not None and not chosen["pool"]
+
+    groups = groups_of(study.asked) if library == "full" else {}
+    rows_left = any(row.library == library and not settled(row) for row in study.rows)
+    return rows_left or not all(study.file("additivity", group).exists() for group in groups)
+
+
+def heal(study: Study, turn: Turn) -> None:
     """Heal and measure the rows that no other process has in hand, as many as there is time for."""
     bench = lru_cache(lambda: Bench(study))  # a process that finds nothing to do loads nothing
     for row in (row for row in study.rows if study.has_weights(row.library)):
-        if needs_measuring(study, row) and time.time() < until:
-            with lock(study.locks, row.name, wait=True):
-                if needs_measuring(study, row):
-                    measure_pool(bench(), row)
+        if needs_measuring(study, row):
+            once(study, turn, "pools", row.name, [], lambda: bench().pool(row))
         architecture = architecture_of(study, row)
-        if architecture is None:
-            continue
-        name = healing_of(study, row, architecture)
-        with contextlib.suppress(BlockingIOError), lock(study.locks, name):
-            if not study.file("healed", name).exists() and time.time() + expected_s(study, row) < until:
-                record = bench().heal(row, architecture)
-                write_json(study.file("healed", name), record)
-                gc.collect()
-                torch.cuda.empty_cache()
-                print(f"{row.name}: {summary(record)}", flush=True)
+        if architecture is not None:  # where another process measures the pool, that one heals the best of it
+            name, known_s = healing_of(study, row, architecture), row_seconds(study, row, turn.per_gpu)
+            once(study, turn, "healed", name, known_s, lambda: {"row": row.name, **bench().heal(row, architecture, turn.per_gpu)})
 
 
-def summary(record: dict) -> str:
-    seconds = f"{sum(record['seconds'].values()):.0f} s"
-    if "failed" in record:
-        return f"{record['failed']}, {seconds}"
-    before, after = record["before"], record["after"]
-    kls = f"KL {before['kl']:.4g} before, {after['kl']:.4g} ± {after['kl_stderr']:.2g} after"
-    return f"{kls}, speed-up {after['speedup']:.2f}, {seconds}"
+def summary(found: dict) -> str:
+    """What a worker says of what it found out."""
+    name = f"{found['row']}, " if "row" in found else ""
+    if "after" in found:
+        before, after = found["before"], found["after"]
+        return f"{name}KL {before['kl']:.4g} before, {after['kl']:.4g} ± {after['kl_stderr']:.2g} after, "
+    return f"{name}{found['failed']}, " if "failed" in found else ""
 
 
-def expected_s(study: Study, row: Row) -> float:
-    """Seconds that the longest row of as many tokens took; 0 where none is known."""
-    times = [0.0]
-    for path in (study.results / "healed").glob("*.json"):
-        record = read_json(path)
-        if _num_tokens(record["gkd"]) == _num_tokens(gkd_json(study, row)):
-            times.append(sum(record["seconds"].values()))
-    return max(times)
+def row_seconds(study: Study, row: Row, per_gpu: int) -> list[float]:
+    """What rows of as many tokens took, or else of the next more, where as many workers shared a GPU."""
+    times, mine = collections.defaultdict(list), _num_tokens(gkd_json(study, row))
+    for record in study.all("healed"):
+        if record["per_gpu"] == per_gpu and "failed" not in record:
+            times[_num_tokens(record["gkd"])].append(record["took_s"])
+    return times[min((number for number in times if number >= mine), default=mine)]
 
 
 def _num_tokens(settings: dict | None) -> int:
     return gkd.Settings(**settings).num_tokens if settings else 0
 
 
-def additivity(study: Study, until: float) -> None:
+def speeds(study: Study, turn: Turn) -> None:
+    """Time the child of every architecture that was chosen in turn with the parent. Its weights are random: no library is needed."""
+    scenario, settings = fill(Workload, study.cfg.workload).scenario, fill(evaluation.Settings, study.cfg.evaluation)
+    parent = lru_cache(lambda: load(study))
+
+    def timed(architecture: Architecture) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            models = {"parent": parent().model, "child": make_child(parent(), architecture, random_weights(parent(), Path(folder)))}
+        totals = side_by_side(models, scenario, study.cfg.hardware.serving, settings.repeats, warmup=1)
+        return {"architecture": architecture.to_json(), **totals, **made_with(parent())}
+
+    for architecture in filter(None, (architecture_of(study, row) for row in study.rows)):
+        known_s = [one["took_s"] for one in study.all("speeds")]
+        once(study, turn, "speeds", speed_of(architecture), known_s, lambda: timed(architecture))
+
+
+def additivity(study: Study, turn: Turn) -> None:
     """Random architectures at each speed-up, and the frontier's: the sum of scores and the joint KL of each."""
-    if not study.has_weights("full"):
-        raise FileNotFoundError(f"{study.folder}/full/ has no library: `python -m benchmarks.study libraries` makes it")
     bench = lru_cache(lambda: Bench(study))
-    problem, numbers = study.problem("full", "kl"), study.asked.speedups
-    groups = {f"random-{speedup:g}": speedup for speedup in numbers} | {"frontier": None}
+    problem, groups = study.problem("full", "kl"), groups_of(study.asked)
+
+    def measured(number: int, speedup: float | None) -> dict:
+        if speedup is None:
+            found = [one.architecture for one in search.frontier(problem, study.limits(None), "speedup", study.asked.frontier)]
+        else:
+            share = len(range(number, study.asked.random, len(study.asked.speedups)))
+            settings = fill(rivals.Settings, study.cfg.rivals, seed=study.cfg.rivals.seed + number)
+            found = rivals.random_architectures(problem, constraints_from(study.limits(speedup), problem), share, settings)
+        kls = bench().joint_kls("full", found)
+        rows = [
+            {"predicted": problem.score(problem.rows_of(one)), "realised": kl, "architecture": one.to_json()}
+            for one, kl in zip(found, kls, strict=True)
+        ]
+        return {"rows": rows}
+
     for number, (name, speedup) in enumerate(groups.items()):
-        with contextlib.suppress(BlockingIOError), lock(study.locks, name):
-            if study.file("additivity", name).exists() or time.time() > until:
-                continue
-            start = time.perf_counter()
-            if speedup is None:
-                points = search.frontier(problem, study.limits(None), "speedup", study.asked.frontier)
-                found = [solution.architecture for solution in points]
-            else:
-                share = len(range(number, study.asked.random, len(numbers)))
-                limits = constraints_from(study.limits(speedup), problem)
-                settings = fill(rivals.Settings, study.cfg.rivals, seed=study.cfg.rivals.seed + number)
-                found = rivals.random_architectures(problem, limits, share, settings)
-            kls = bench().joint_kls("full", found)
-            rows = [
-                {"predicted": problem.score(problem.rows_of(one)), "realised": kl, "architecture": one.to_json()}
-                for one, kl in zip(found, kls, strict=True)
-            ]
-            write_json(study.file("additivity", name), {"seconds": time.perf_counter() - start, "rows": rows})
-            print(f"{name}: {len(rows)} architectures, {time.perf_counter() - start:.0f} s", flush=True)
+        if not study.file("additivity", name).exists() and not study.has_weights("full"):
+            raise FileNotFoundError(f"{study.folder}/full/ has no library: `python -m benchmarks.study libraries` makes it")
+        known_s = [one["took_s"] for one in study.all("additivity")]
+        once(study, turn, "additivity", name, known_s, lambda: measured(number, speedup))

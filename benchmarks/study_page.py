@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, gkd_json, healing_of
-from benchmarks.study_rows import LIBRARIES, Row, Study
+from benchmarks.study_children import architecture_of, gkd_json, healing_of, speed_of
+from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd, tables
-from puzzle_core.config import fill
+from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
 from puzzle_core.realised import agreement
 
@@ -25,8 +25,9 @@ COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "afte
 
 
 def write(study: Study) -> Path:
-    """docs/results/study.json and study.md; the path of the page."""
+    """docs/results/study.json and study.md, and the README's headline; the path of the page."""
     found = gathered(study)
+    demo.write_into("README.md", "study", headline(found))
     path = demo.save_result("study", found).with_suffix(".md")
     path.write_text(page(found))
     return path
@@ -34,20 +35,22 @@ def write(study: Study) -> Path:
 
 def gathered(study: Study) -> dict:
     """All of the study as plain values: asked, commands, rows, libraries, additivity."""
-    commands = [read_json(path) for path in sorted((study.results / "commands").glob("*.json"))]
-    of_rows = rows(study)
-    healed = [row for row in of_rows if "machine" in row]
-    cfg = study.cfg
+    cfg, commands, of_rows = study.cfg, study.all("commands"), rows(study)
+    healed, timed = study.all("healed"), study.all("speeds")
     return {
         "asked": read_json(study.results / "asked.json"),
         "workload": str(cfg.workload.batch_size) + f" × ({cfg.workload.prompt_len} + {cfg.workload.generation_len})",
         "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
-        "machines": sorted({row["machine"] for row in healed}),
-        "versions": sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in healed}),
+        "tasks": plain(cfg.evaluation).get("tasks") or {},
+        "machines": sorted({one["machine"] for one in healed + timed}),
+        "versions": sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in healed + timed}),
+        "per_gpu": sorted({one["per_gpu"] for one in healed}),
         "commands": commands,
         "gpu_minutes": sum(one["seconds"] * one["gpus"] for one in commands) / 60,
-        "parent": next((row["parent"] for row in healed if "parent" in row), None),
-        "rows": [{key: value for key, value in row.items() if key not in ("parent", "versions")} for row in of_rows],
+        "parent_name": cfg.parent.get("id") or cfg.parent.get("path") or "the parent",
+        "parent": next((one["parent"] for one in healed if "parent" in one), None),
+        "parent_timed": next((one["parent"] for one in timed), None),
+        "rows": of_rows,
         "libraries": libraries(study),
         "additivity": additivity(study),
     }
@@ -55,6 +58,16 @@ def gathered(study: Study) -> dict:
 
 def rows(study: Study) -> list[dict]:
     return [row_of(study, row) for row in study.rows]
+
+
+def missing(study: Study) -> dict[str, list[str]]:
+    """What is not known yet, by the step that finds it out."""
+    of_rows = rows(study)
+    return {
+        "heal": [row["name"] for row in of_rows if "missing" in row],
+        "speeds": [row["name"] for row in of_rows if row.get("timed") is None],
+        "additivity": [name for name in groups_of(study.asked) if not study.file("additivity", name).exists()],
+    }
 
 
 def row_of(study: Study, row: Row) -> dict:
@@ -71,10 +84,11 @@ def row_of(study: Study, row: Row) -> dict:
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
     known |= {"pool": pool, "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
+    known["timed"] = (study.read("speeds", speed_of(architecture)) or {}).get("child")
     healed = study.read("healed", known["healing"])
     if healed is None:
         return known | {"missing": "not healed"}
-    known |= {key: healed[key] for key in ("before", "after", "parent", "held_out", "seconds", "machine", "versions") if key in healed}
+    known |= {key: healed[key] for key in ("before", "after", "held_out", "seconds", "per_gpu", "machine") if key in healed}
     return known | ({"missing": healed["failed"]} if "failed" in healed else {})
 
 
@@ -110,22 +124,21 @@ def page(found: dict) -> str:
         f"{found['gpu_minutes']:.1f} minutes.", "",
         f"GKD: {found['gkd_tokens']:,} tokens for each row, except where losses are compared: {asked['ablation_tokens']:,}. KL to the "
         "parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores. Accuracy retained: child over "
-        f"parent, each less chance, over all tasks, of at most {asked['questions']:,} questions each. ± is one "
-        "standard error, over the text's sequences or the questions.", "",
+        f"parent, each less chance, over all tasks ({', '.join(found['tasks']) or 'none were asked'}). ± is one standard error, over the "
+        "text's sequences or the questions. Realised speed-ups are of each architecture, timed in turn with the parent, alone on a GPU; "
+        f"seconds of GKD are those of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
     ]  # fmt: skip
     if parent is not None:
-        lines += [f"Parent: perplexity {parent['perplexity']:.4g}, {parent['throughput_tokens_per_s']:,.0f} generated tokens/s.", ""]
-        if not any(key.endswith("_accuracy") for key in parent):
-            lines += ["No accuracies: no tasks were given, or lm-eval is not installed where the children were measured.", ""]
+        speed = f", {found['parent_timed']['throughput_tokens_per_s']:,.0f} generated tokens/s" if found["parent_timed"] else ""
+        lines += [f"Parent: perplexity {parent['perplexity']:.4g}{speed}.", ""]
     missing = [row for row in rows if "missing" in row]
     lines += [f"{len(rows) - len(missing)} of {len(rows)} rows are there." + (" Missing ones say why." if missing else ""), ""]
     lines += in_short(rows, at)
-    first = next(row for row in rows if row["group"] == "mip" and row["speedup_asked"] == at)
     for group, heading in HEADINGS.items():
         mine = [row for row in rows if row["group"] == group]
         where = "" if group == "mip" else f", at a speed-up of {at:g}"
         lines += [f"## {heading}{where}", ""]
-        lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses") else [first, *mine])])
+        lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses") else [rows[0], *mine])])
         lines += seeds(mine) if group == "mip" else pools(mine) if group == "pool" else []
     lines += accuracies(rows, parent) + library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
     lines += ["## Commands", ""]
@@ -153,9 +166,9 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
     if "after" not in row:
         before = f"{row['before']['kl']:.4f}" if "before" in row else ""
         return [*known, f"missing: {row['missing']}", f"{predicted['kl']:.4f}", before, *[""] * (len(COLUMNS) - 4)]
-    after = row["after"]
+    after, realised = row["after"], f"{row['timed']['speedup']:.2f} ×" if row["timed"] else "not timed"
     return [
-        *known, f"{after['speedup']:.2f} ×", f"{predicted['kl']:.4f}", _with_error(row["before"], "kl", "{:.4f}"),
+        *known, realised, f"{predicted['kl']:.4f}", _with_error(row["before"], "kl", "{:.4f}"),
         _with_error(after, "kl", "{:.4f}") if row["gkd"] else "not trained", f"{after['perplexity']:.2f}", f"{after['top1_agreement']:.1%}",
         _with_error(after, "accuracy_retained", "{:.1%}"), f"{row['search_s']:.1f}, {row['seconds']['heal']:.0f}",
     ]  # fmt: skip
@@ -167,27 +180,43 @@ def _with_error(values: dict, name: str, form: str) -> str:
     return f"{form.format(values[name])} ± {form.format(values[f'{name}_stderr'])}"
 
 
+def best_other(rows: list[dict]) -> dict | None:
+    """The rival whose child, another than the MIP's in the first row, has the least KL."""
+    others = [row for row in rows if row["group"] == "rivals" and "after" in row and row["healing"] != rows[0]["healing"]]
+    return min(others, key=lambda row: row["after"]["kl"], default=None)
+
+
 def in_short(rows: list[dict], at: float) -> list[str]:
     """What was aimed at beside what came of it, as far as it is known."""
-    whole = [row for row in rows if "after" in row]
-    mine = next((row for row in whole if row["group"] == "mip" and row["speedup_asked"] == at and row["seed"] == 0), None)
-    if mine is None:
+    mine, best, lines = rows[0], best_other(rows), []
+    if "after" not in mine:
         return []
-    lines = []
     if "accuracy_retained" in mine["after"]:
         lines.append(f"- Accuracy over chance retained at {at:g} ×: {_with_error(mine['after'], 'accuracy_retained', '{:.1%}')}; aim 95 %.")
-    rivals = [row for row in whole if row["group"] == "rivals"]
-    others = [row for row in rivals if row["healing"] != mine["healing"]]
-    if same := [row["title"] for row in rivals if row not in others]:
+    if same := [row["title"] for row in rows if row["group"] == "rivals" and row.get("healing") == mine["healing"]]:
         lines.append(f"- At {at:g} × these chose the very child that the MIP chose: {', '.join(same)}.")
-    if others:
-        best = min(others, key=lambda row: row["after"]["kl"])
+    if best:
         kl, least = mine["after"]["kl"], best["after"]["kl"]
         lines.append(
             f"- KL after GKD at {at:g} ×: {kl:.4f}; of the best other child of a rival ({best['title']}) {least:.4f}: "
             f"{abs(1 - kl / least):.1%} {'less' if kl < least else 'more'}; aim 25 % less."
         )
     return [*lines, ""] if lines else []
+
+
+def headline(found: dict) -> str:
+    """The study in a few lines, for the README; nothing before its first child is healed and timed."""
+    mine, best = found["rows"][0], best_other(found["rows"])
+    if "after" not in mine or mine["timed"] is None:
+        return ""
+    after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
+    kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
+    rival = f" (the best other child of a rival, {best['title']}: {best['after']['kl']:.3f})" if best else ""
+    return (
+        f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
+        f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])},{kept} has a KL to it of {after['kl']:.3f}{rival}. "
+        f"All of the study took {found['gpu_minutes']:.0f} GPU minutes. Written by `python -m benchmarks.study page`."
+    )
 
 
 def seeds(rows: list[dict]) -> list[str]:
@@ -233,8 +262,7 @@ def library_lines(medians: list[dict]) -> list[str]:
 
 def additivity_lines(groups: dict[str, dict], asked: dict) -> list[str]:
     lines = ["## How well the sum of scores tells the joint KL", ""]
-    expected = [f"random-{speedup:g}" for speedup in asked["speedups"]] + ["frontier"]
-    if missing := [name for name in expected if name not in groups]:
+    if missing := [name for name in groups_of(Asked(**asked)) if name not in groups]:
         lines += [f"Missing: {', '.join(missing)}.", ""]
     if not groups:
         return lines

@@ -2,6 +2,7 @@
 import functools
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,8 +51,6 @@ class Asked:
     ablation_tokens: int = 4_194_304  # of GKD, for the rows that compare its losses
     random: int = 100  # architectures whose joint KL is held against the sum of scores
     frontier: int = 20  # and so many of the frontier's
-    tasks: str | None = None  # a folder of .jsonl files of questions
-    questions: int = 1500  # of each file at most
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,14 @@ class Row:
 
 
 def rows_of(asked: Asked) -> list[Row]:
-    """All rows, those first that matter most if time is short."""
+    """All rows: first those that need a library of their own, then those that matter most if time is short."""
     at = asked.compared_at
-    rows = [Row(f"mip-{at:g}-0", "mip", "Puzzle: MIP on the full library", at)]
-    rows += [Row(method, "rivals", title, at, method=method) for method, title in RIVALS.items()]
-    rows += [
+    rows = [
+        Row(f"mip-{at:g}-0", "mip", "Puzzle: MIP on the full library", at),
         Row("initialised", "libraries", "without BLD: initialisation only", at, library="initialised"),
         Row("unrefitted", "libraries", "without ridge refit", at, library="unrefitted"),
     ]
+    rows += [Row(method, "rivals", title, at, method=method) for method, title in RIVALS.items()]
     rows += [Row(f"mip-{speedup:g}-0", "mip", rows[0].title, speedup) for speedup in asked.speedups if speedup != at]
     rows += [Row("pool", "pool", f"best of a pool of {asked.pool} by joint KL", at, method="pool")]
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
@@ -87,6 +86,11 @@ def rows_of(asked: Asked) -> list[Row]:
     return rows + [Row(f"mip-{speedup:g}-{seed}", "mip", rows[0].title, speedup, seed=seed) for speedup, seed in more]
 
 
+def groups_of(asked: Asked) -> dict[str, float | None]:
+    """Groups of architectures whose joint KL is held against the sum of scores: random ones at a speed-up, or the frontier's."""
+    return {f"random-{speedup:g}": speedup for speedup in asked.speedups} | {"frontier": None}
+
+
 class Study:
     """A study's folders. `results` has small files only, one for each thing that is known: it may be carried to another machine."""
 
@@ -94,11 +98,13 @@ class Study:
         self.folder = folder.resolve()
         self.results, self.locks = self.folder / "results", self.folder / "locks"
 
-    def ask(self, given: dict[str, object]) -> None:
-        """Begin with what is `given`, or go on; ValueError where it is not what the study was begun with."""
+    def ask(self, given: dict[str, object], check: Callable[[DictConfig], object] = plain) -> None:
+        """Begin with what is `given`, if its settings pass `check`, or go on; ValueError where it was begun with something else."""
         path = self.results / "asked.json"
         if not path.exists():
-            write_json(path, asdict(Asked(**given)))
+            asked = Asked(**given)
+            check(self.composed(asked))
+            write_json(path, asdict(asked))
         begun = read_json(path)
         for key, value in given.items():
             if begun[key] != value:
@@ -114,7 +120,10 @@ class Study:
 
     @functools.cached_property
     def cfg(self) -> DictConfig:
-        return composed(*self.asked.overrides, f"out='{self.folder}'")
+        return self.composed(self.asked)
+
+    def composed(self, asked: Asked) -> DictConfig:
+        return composed(*asked.overrides, f"out='{self.folder}'")
 
     def file(self, kind: str, name: str) -> Path:
         return self.results / kind / f"{name}.json"
@@ -122,6 +131,9 @@ class Study:
     def read(self, kind: str, name: str) -> dict | None:
         path = self.file(kind, name)
         return read_json(path) if path.exists() else None
+
+    def all(self, kind: str) -> list[dict]:
+        return [read_json(path) for path in sorted((self.results / kind).glob("*.json"))]
 
     def keep_tables(self, library: str) -> None:
         for table in (self.folder / library).glob("*.parquet"):

@@ -20,7 +20,7 @@ from puzzle_core.families import Family
 from puzzle_core.files import atomic
 from puzzle_core.parents import Parent, damage_named
 from puzzle_core.spec import BLOCK, NO_OP, PARENT, Architecture, Joint, Variant, halves
-from puzzle_core.subblocks import changes, load_weights, puzzle_section, unset_weights
+from puzzle_core.subblocks import build_subblock, changes, load_weights, puzzle_section, randomised, unset_weights
 
 
 def per_layer_config(family: Family, architecture: Architecture) -> dict[int, dict]:
@@ -66,6 +66,18 @@ def make_child(
             load_weights(nn.ModuleDict(own) if subblock == BLOCK else own[subblock], *weights_of(layer, subblock, variant))
     child.generation_config = parent.model.generation_config
     return child.eval()
+
+
+def random_weights(parent: Parent, folder: Path) -> Callable[[int, str, Variant | Joint], tuple[Path, str]]:
+    """What `make_child` finds weights with where only time matters: files that are made in `folder` when asked for."""
+
+    def find(layer: int, subblock: str, variant: Variant | Joint) -> tuple[Path, str]:
+        path = folder / f"{subblock}-{variant}.safetensors"
+        if not path.exists():
+            save_file(randomised(build_subblock(parent, layer, subblock, variant)).state_dict(), path)
+        return path, ""
+
+    return find
 
 
 def save_child(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -22,7 +22,7 @@ from puzzle_core.parents import Parent
 from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
-from puzzle_core.subblocks import build_subblock, num_params, swapped
+from puzzle_core.subblocks import build_subblock, num_params, randomised, swapped
 from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, times_of
 
 VERSION = 3  # raise when a change here, or in a module below, changes what a cost is
@@ -37,13 +37,6 @@ def _everywhere(parent: Parent, modules: Mapping[str, list[nn.Module]]) -> Itera
             for layer, module in enumerate(some):
                 stack.enter_context(swapped(parent, layer, subblock, module))
         yield parent.model
-
-
-def _random(module: nn.Module) -> nn.Module:
-    """Weights of ordinary size: what is multiplied must not be special, zeros and denormals are faster or slower."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return module
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class Torch:
         num_layers, itemsize, num_tokens = len(parent.layers), parent.model.dtype.itemsize, scenario.batch_size * scenario.sequence_len
 
         def modules_of(subblock: str, variant: Variant) -> list[nn.Module]:
-            return [_random(build_subblock(parent, layer, subblock, variant)) for layer in range(num_layers)]
+            return [randomised(build_subblock(parent, layer, subblock, variant)) for layer in range(num_layers)]
 
         def session_of(modules: dict[str, list[nn.Module]]) -> Eager | Static:
             return served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))

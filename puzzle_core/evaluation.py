@@ -32,6 +32,10 @@ class Settings:
             size |= {"num_tokens": self.domain_tokens, "batch_size": min(size["batch_size"], -(-self.domain_tokens // size["seq_len"]))}
         return corpus.batches("validation", **size, seed="evaluation", domain=domain)
 
+    def exam(self) -> Exam | None:
+        """The questions of `tasks`; ValueError or OSError where they cannot be asked."""
+        return Exam([Task.of(*entry) for entry in self.tasks.items()], self.task_batch_size) if self.tasks else None
+
 
 def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what: str = "held-out text") -> dict[str, dict[str, float]]:
     """Per token of [B, T] token batches: KL(parent ‖ child) in nats, perplexity, share of equal top-1 predictions.
@@ -64,10 +68,8 @@ def by_domain(parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, s
 def accuracies(parent: PreTrainedModel, child: PreTrainedModel, tokenizer, settings: Settings) -> dict[str, dict[str, float]]:
     """Accuracy on each task with its standard error, chance, and the share of the parent's accuracy over chance that the child
     has: of each task, and of all together (`accuracy_retained`). A share is left out where the parent does not beat chance."""
-    if not settings.tasks:
-        return {"parent": {}, "child": {}}
-    exam = Exam([Task.of(*entry) for entry in settings.tasks.items()], settings.task_batch_size)
-    return accuracy_rows(*(exam.ask(model, tokenizer) for model in (parent, child)))
+    exam = settings.exam()
+    return accuracy_rows(*(exam.ask(model, tokenizer) if exam else {} for model in (parent, child)))
 
 
 def accuracy_rows(of_parent: dict[str, Answers], of_child: dict[str, Answers]) -> dict[str, dict[str, float]]:

@@ -12,12 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from puzzle_core import export_gguf
-from puzzle_core.children import make_child, save_child
+from puzzle_core.children import make_child, random_weights, save_child
 from puzzle_core.export import SavedChild
 from puzzle_core.families import family_for
 from puzzle_core.parents import Parent
@@ -102,16 +100,8 @@ def _served(shallow: Parent, architecture: Architecture, scenario: Scenario, wor
     """What times one request to llama.cpp with a child of that architecture."""
     import xllamacpp  # an extra: `pip install 'puzzle[llama]'`
 
-    def random_weights(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
-        path, module = work / f"{subblock}-{variant}.safetensors", build_subblock(shallow, layer, subblock, variant)
-        if not path.exists():
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            save_file(module.state_dict(), path)
-        return path, ""
-
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        save_child(make_child(shallow, architecture, random_weights), shallow.tokenizer, Path(folder) / "child")
+        save_child(make_child(shallow, architecture, random_weights(shallow, work)), shallow.tokenizer, Path(folder) / "child")
         path = Path(tempfile.mkdtemp(dir=work)) / "child.gguf"
         export_gguf.write(SavedChild.read(Path(folder) / "child"), path, "float16")
     params = xllamacpp.CommonParams()

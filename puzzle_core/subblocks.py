@@ -167,6 +167,13 @@ def build_subblock(parent: Parent, layer: int, subblock: str, variant: Variant |
     return modeling_puzzle.get_subblock(built, parent.family.subblock(subblock).modules).eval()
 
 
+def randomised(module: nn.Module) -> nn.Module:
+    """Weights of ordinary size, for timing: what is multiplied must not be special, zeros and denormals are faster or slower."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return module
+
+
 @contextlib.contextmanager
 def swapped(parent: Parent, layer: int, subblock: str, module: nn.Module) -> Iterator[None]:
     """Put `module` in the parent's place for a while; where it does nothing, the subblock's norms rest too.

@@ -7,14 +7,17 @@ import pytest
 from conftest import ENVIRONMENT, EXCERPT, PICO, quick_starts
 
 from benchmarks import demo, study, study_children, study_rows
+from puzzle_core import evaluation
+from puzzle_core.config import ROOT
 from puzzle_core.tasks import Answers
 
 ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm")
 ASKED = [
     "--seeds", "2", "--speedups", "1.2", "--compared-at", "1.2", "--pool", "3", "--ablation-tokens", "256", "--random", "4",
-    "--frontier", "3", "--tasks", "data/questions", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
-    f"corpus.path={EXCERPT['path']}", "evaluation.repeats=1", "evaluation.text={num_tokens:512,seq_len:64,batch_size:4}",
-    "gkd.train_tokens=512", "score.questions=null", "score.metrics=[kl]", "rivals.rl_steps=40", "search.pool_distance=1",
+    "--frontier", "3", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
+    f"corpus.path={EXCERPT['path']}", "evaluation.repeats=1", "+evaluation.tasks.sample={path:data/questions/sample.jsonl}",
+    "evaluation.text={num_tokens:512,seq_len:64,batch_size:4}", "gkd.train_tokens=512",
+    "score.questions=null", "score.metrics=[kl]", "rivals.rl_steps=40", "search.pool_distance=1",
 ]  # fmt: skip
 
 
@@ -37,7 +40,8 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "devices", lambda: [None])
     monkeypatch.setattr(study, "LIBRARIES", {"full": [], "initialised": ["bld.train_tokens=0"]})
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    monkeypatch.setattr(study_children, "Exam", Guesser)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(evaluation, "Exam", Guesser)
     all_rows = study_rows.rows_of
     monkeypatch.setattr(study_rows, "rows_of", lambda asked: [row for row in all_rows(asked) if row.name in ROWS])
     return tmp_path / "study" / "results"
@@ -53,11 +57,14 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     step(results, "heal", "--minutes", "0")
     assert not list(results.glob("healed/*"))
     step(results, "heal")
-    assert "7 of 8 rows are there; missing: unrefitted" in capsys.readouterr().out
-    first = {file: file.stat().st_mtime_ns for file in results.glob("healed/*")}
-    step(results, "heal")
-    assert {file: file.stat().st_mtime_ns for file in results.glob("healed/*")} == first
+    assert "heal: unrefitted; speeds: mip-1.2-0, " in capsys.readouterr().out
+    step(results, "speeds")
+    first = list(results.glob("healed/*"))
     step(results, "additivity")
+    shutil.rmtree(results.parent / "full")
+    step(results, "libraries")
+    assert not (results.parent / "full").exists()  # nothing that is left to do needs it
+    assert "missing of heal: unrefitted; speeds: unrefitted; additivity: nothing" in capsys.readouterr().out
     step(results, "page")
     written = json.loads((tmp_path / "docs/results/study.json").read_text())
     rows = {row["name"]: row for row in written["rows"]}
@@ -69,11 +76,54 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert untrained["after"]["kl"] == mip["before"]["kl"] and untrained["gkd"] is None
     assert rows["losses-lm"]["gkd"] | {"train_tokens": 512, "kl_weight": 1.0, "cosine_weight": 1.0, "lm_weight": 0.0} == mip["gkd"]
     assert mip["after"]["accuracy_retained"] == pytest.approx((0.5 - 0.25) / (1 - 0.25))
+    assert mip["timed"]["speedup"] > 0 and mip["timed"] == other_seed["timed"] and "latency_ms" not in mip["after"]
     assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]["joint_kl"]) == 3
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
     assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
     assert "7 of 8 rows" in page and "Missing: " not in page and "(the same child as" in page
+    assert f"asked to be 1.2 × as fast, is {mip['timed']['speedup']:.2f} × as fast" in (tmp_path / "README.md").read_text()
+
+
+def test_two_workers_on_a_device_go_on_where_killed_ones_stopped(results, capfd):
+    step(results, "libraries", *ASKED, "evaluation.tasks=null")
+    step(results, "choose")
+    step(results, "heal", "--per-gpu", "2", "--minutes", "0.02")
+    step(results, "speeds", "--minutes", "0.02")
+    out = capfd.readouterr().out
+    assert "heal: stopped before its end" in out and "speeds: stopped before its end" in out
+    assert not [*results.glob("healed/*.json"), *results.glob("speeds/*.json")]
+    step(results, "heal", "--per-gpu", "2")
+    out = capfd.readouterr().out
+    assert "missing of heal: unrefitted; speeds: mip-1.2-0" in out
+    healed = [json.loads(file.read_text()) for file in results.glob("healed/*.json")]
+    assert len(healed) == out.count("healed ") and {one["per_gpu"] for one in healed} == {2}  # each by one of them
+    step(results, "speeds", "--minutes", "5")
+    assert "speeds: unrefitted; additivity: " in capfd.readouterr().out
+
+
+def test_a_row_is_begun_only_where_it_can_end(monkeypatch):
+    monkeypatch.setattr(study_children.time, "time", lambda: 140.0)
+    turn = study_children.Turn(until=200.0, start=100.0)
+    assert turn.allows([10.0, 59.0]) and not turn.allows([10.0, 60.0])
+    assert turn.allows([])  # of an unknown length: 60 seconds are left, 40 have gone by
+    assert not study_children.Turn(until=170.0, start=100.0).allows([])
+
+
+def test_rows_that_need_a_library_of_their_own_come_right_after_the_first():
+    rows = study_rows.rows_of(study_rows.Asked())
+    assert [row.library for row in rows[:3]] == ["full", "initialised", "unrefitted"]
+    assert {row.library for row in rows[3:]} == {"full"} and rows[-1].seed == 2
+
+
+def test_questions_that_cannot_be_asked_are_an_error_before_anything_is_begun(tmp_path, monkeypatch, capsys):
+    def exam(tasks, batch_size):
+        raise ValueError("evaluation.tasks needs lm-eval")
+
+    monkeypatch.setattr(evaluation, "Exam", exam)
+    with pytest.raises(SystemExit):
+        study.main(["libraries", "--out", str(tmp_path), *ASKED])
+    assert "needs lm-eval" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_study_goes_on_only_as_it_was_begun(tmp_path):
