@@ -30,6 +30,7 @@ from benchmarks.machine import RandomTokens, bytes_per_s, emptied, matmul_flops_
 from puzzle_core import bld
 from puzzle_core.learners import is_trained, normalised_mse
 from puzzle_core.parents import Parent, pick_device
+from puzzle_core.plan import plan
 from puzzle_core.shards import GIB
 from puzzle_core.spec import SUBBLOCKS
 from puzzle_core.subblocks import build_subblock, resolve_space
@@ -130,7 +131,7 @@ def whole_run(parent: Parent, space: dict, settings: bld.Settings, num_layers: i
     if num_steps:
         corpus, settings = CutShort(corpus.vocab_size, num_steps), replace(settings, train_tokens=20_971_520)
     jobs = [job for job in bld.jobs(parent, [space] * len(parent.layers), settings, 0, corpus) if job.layer < num_layers]
-    expected = bld.planned(parent, bld.wanted_of(jobs), settings)
+    expected = plan(parent, bld.wanted_of(jobs), settings)
     emptied(device)
     with tempfile.TemporaryDirectory() as directory:
         start = now(device)
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict:
         """Measure our step, uncompiled or compiled; seconds."""
         dtype = str(parent.model.dtype).removeprefix("torch.")
         jobs = bld.jobs(parent, [space] * len(parent.layers), settings, 0, RandomTokens(2))
-        a_step = bld.planned(parent, bld.wanted_of(jobs), replace(settings, train_tokens=tokens))
+        a_step = plan(parent, bld.wanted_of(jobs), replace(settings, train_tokens=tokens))
         flops, profiled = a_step.training_flops + a_step.parent_flops, options.profile and settings.compile == options.compile
         took = our_steps(parent, space, settings, options.layers_sampled, options.repeats, profiled)
         step_s, floor_s = took["step_s"], flops / rate[dtype]

@@ -9,6 +9,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,18 +18,16 @@ from tqdm import tqdm
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
-from puzzle_core.plan import Plan, memory_limit, plan, work
+from puzzle_core.plan import Wanted, memory_limit, plan, work
 from puzzle_core.ranks import ALONE, Ranks, divide_in_order
 from puzzle_core.shards import GIB, num_bytes
 from puzzle_core.spec import PARENT, Joint, Variant
 from puzzle_core.subblocks import build_subblock, variant_row
 from puzzle_core.trace import ParentRun
-from puzzle_core.trainees import Job
-from puzzle_core.windows import Settings, Window, unfinished
+from puzzle_core.trainees import Job, Settings
+from puzzle_core.windows import Window, unfinished
 
 VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
-
-Wanted = tuple[int, str, Variant | Joint]  # layer, subblock, variant
 
 
 def jobs(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:
@@ -77,7 +76,7 @@ def _shared(
     parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, ranks: Ranks
 ) -> dict[Job, dict]:
     """Make this rank's share of the missing variants; the rows of all, once every rank has made its own."""
-    mine = [missing[i] for i in ranks.mine_in_order(*_work(parent, wanted_of(missing), settings))]
+    mine = [missing[i] for i in ranks.mine_in_order(*work(parent, wanted_of(missing), settings))]
     made = _make(parent, mine, corpus, settings, seed, blocks, show=ranks.first) if mine else {}
     return dict(ranks.gather(list(made.items())))
 
@@ -90,27 +89,6 @@ def rounds(some: list, variant_of: Callable[[object], Variant | Joint]) -> list[
     """What is made one after the other: joint blocks need their halves. Neither is empty."""
     joint = [isinstance(variant_of(one), Joint) for one in some]
     return [part for now in (False, True) if (part := [one for one, is_joint in zip(some, joint, strict=True) if is_joint is now])]
-
-
-def _work(parent: Parent, wanted: list[Wanted], settings: Settings, **budgets: int) -> tuple[list[float], list[float]]:
-    """See `plan.work`; `budgets` in place of those of the settings."""
-    return work(parent, wanted, settings.budgets | budgets, settings.seq_len, len(settings.ridge or []), settings.target)
-
-
-def planned(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
-    """What it takes to make the variants of one of the `rounds` in one process."""
-    return plan(
-        parent,
-        wanted,
-        settings.budgets,
-        settings.seq_len,
-        settings.batch_size,
-        settings.memory_gib,
-        ridge=settings.ridge is not None,
-        compiled=settings.compile,
-        target=settings.target,
-        channels=settings.channels,
-    )
 
 
 def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, tflops: float) -> str:
@@ -149,12 +127,12 @@ def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], set
 
 def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int) -> list[float]:
     """Of `num` ranks the one with most to do: windows, layers run, peak bytes (of any), FLOPs of training, parent, closed form, all."""
-    owner = divide_in_order(*_work(parent, wanted, settings), num)
-    closed, reach = _work(parent, wanted, settings, train=0)
+    owner = divide_in_order(*work(parent, wanted, settings), num)
+    closed, reach = work(parent, wanted, replace(settings, train_tokens=0))
     rows = []
     for rank in sorted(set(owner)):
         mine = [index for index, whose in enumerate(owner) if whose == rank]
-        its = planned(parent, [wanted[index] for index in mine], settings)
+        its = plan(parent, [wanted[index] for index in mine], settings)
         before = sum(closed[index] for index in mine) + max(reach[index] for index in mine)
         flops = its.training_flops + its.parent_flops + before
         rows.append([len(its.windows), its.layer_passes, its.peak_bytes, its.training_flops, its.parent_flops, before, flops])
@@ -165,7 +143,7 @@ def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int)
 def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
     """Train the missing variants, window by window; the rows of their files."""
     shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
-    it_takes = planned(parent, wanted_of(missing), settings)
+    it_takes = plan(parent, wanted_of(missing), settings)
     batches = {
         "calibration": corpus.batches("train", settings.calibration_tokens, seed=f"bld-calibration-{seed}", **shape),
         "train": corpus.batches("train", settings.train_tokens, seed=f"bld-{seed}", **shape),

@@ -13,6 +13,9 @@ from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant
 from puzzle_core.subblocks import build_subblock
+from puzzle_core.trainees import Settings
+
+Wanted = tuple[int, str, Variant | Joint]  # layer, subblock, variant
 
 BYTES_PER_TRAINED = 16  # float32 weight, gradient and two moments
 MOVED_PER_TRAINED = 32  # of those, in a step: each read and written once
@@ -118,7 +121,8 @@ class _Shape:
         return 3 * 4 * num_channels**2 * (channels == "iterative")
 
 
-def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], shape: _Shape, ridge: bool, channels: str) -> _Layer:
+def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], shape: _Shape, settings: Settings) -> _Layer:
+    ridge = settings.ridge is not None
     made = [(s, v, costs_of(s, v)) for s, v in wanted if s != BLOCK and v not in (PARENT, NO_OP)]
     refits = [shape.refit_bytes(c.last_inputs) for _, _, c in made if c.last_inputs] if ridge else []
     trained = [(s, v, c) for s, v, c in made if is_trained(v, ridge)]
@@ -140,7 +144,7 @@ def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], 
         made, trained = made + own_halves, trained + own_halves
         flops += sum(c.training_flops if v not in (PARENT, NO_OP) else c.forward_flops for _, v, c in halves)
         flops += halves[1][2].forward_flops * (joint.attention not in (PARENT, NO_OP))  # the gradient comes down through the FFN
-    pruning = shape.pruning_bytes(channels, own[FFN].last_inputs)
+    pruning = shape.pruning_bytes(settings.channels, own[FFN].last_inputs)
     return _Layer(
         params=sum(c.params for _, _, c in trained),
         shell_params=sum(c.params for _, _, c in made),
@@ -151,30 +155,18 @@ def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], 
     )
 
 
-def plan(
-    parent: Parent,
-    wanted: list[tuple[int, str, Variant | Joint]],
-    budgets: dict[str, int],
-    seq_len: int,
-    batch_size: int,
-    memory_gib: float | None,
-    ridge: bool = True,
-    compiled: bool = False,
-    target: str = "subblock",
-    channels: str = "contribution",
-) -> Plan:
-    """Divide the layers of `wanted` (layer, subblock, variant) into windows that fit in `memory_gib` of the parent's device.
+def plan(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
+    """Divide the layers of `wanted` into windows that fit in the memory of the parent's device; ValueError if a single layer does not.
 
-    `budgets` are tokens for calibration, train and val. None for memory: what the GPU has, no limit on a CPU. `ridge`,
-    `compiled`, `target` and `channels` as in bld's settings. ValueError if a single layer does not fit.
+    What it takes in one process, with joint blocks apart from their halves: they are trained later.
     """
     itemsize, hidden = parent.model.dtype.itemsize, parent.model.config.get_text_config().hidden_size
-    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, seq_len))
-    shape = _Shape(seq_len * batch_size, hidden, itemsize, compiled, target == "block")
+    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, settings.seq_len))
+    shape = _Shape(settings.seq_len * settings.batch_size, hidden, itemsize, settings.compile, settings.target == "block")
     layers = sorted({layer for layer, _, _ in wanted})
-    of_layer = {n: _layer(parent, costs_of, [(s, v) for m, s, v in wanted if m == n], shape, ridge, channels) for n in layers}
+    of_layer = {n: _layer(parent, costs_of, [(s, v) for m, s, v in wanted if m == n], shape, settings) for n in layers}
     a_batch = shape.tokens * hidden * itemsize  # its hidden states
-    num_batches = {use: -(-tokens // shape.tokens) for use, tokens in budgets.items()}
+    num_batches = {use: -(-tokens // shape.tokens) for use, tokens in settings.budgets.items()}
     fixed = num_bytes(parent.model) + (num_batches["calibration"] + 2 * num_batches["val"]) * a_batch
     fixed += CUBLAS_BYTES if parent.device.type != "cpu" else 0  # a parent without weights is planned as for a GPU
     calls = 5 * (num_batches["calibration"] + num_batches["val"]) * a_batch  # what a layer's subblocks see and say
@@ -192,7 +184,7 @@ def plan(
         training = sum(layer.params for layer in some) * BYTES_PER_TRAINED + casts + max(layer.step_bytes for layer in some) + 9 * a_batch
         return fixed + sum(held[n] for n in window) + max(initialising, training if num_batches["train"] else 0)
 
-    limit, hiddens = memory_limit(parent.device, memory_gib), num_batches["train"] * a_batch
+    limit, hiddens = memory_limit(parent.device, settings.memory_gib), num_batches["train"] * a_batch
     smallest = max(peak([n]) for n in layers)
     holds_training = smallest + hiddens <= limit
     if smallest > limit:
@@ -217,34 +209,28 @@ def plan(
     )
 
 
-def work(
-    parent: Parent,
-    wanted: list[tuple[int, str, Variant | Joint]],
-    budgets: dict[str, int],
-    seq_len: int,
-    num_strengths: int = 0,
-    target: str = "subblock",
-) -> tuple[list[float], list[float]]:
+def work(parent: Parent, wanted: list[Wanted], settings: Settings) -> tuple[list[float], list[float]]:
     """FLOPs that each of `wanted` takes, and that the parent takes up to its layer: what processes divide.
 
-    A refit is float32 and float64 work: `num_strengths` of the ridge are tried. It counts as often as it is slower on a GPU.
+    A refit is float32 and float64 work, and counts as often as it is slower on a GPU.
     """
-    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, seq_len))
-    shape = _Shape(1, parent.model.config.get_text_config().hidden_size, 4, False, target == "block")
-    seen, slower = budgets["calibration"] + budgets["val"], 15 if parent.model.dtype.itemsize < 4 else 1
+    costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, settings.seq_len))
+    shape = _Shape(1, parent.model.config.get_text_config().hidden_size, 4, False, settings.target == "block")
+    seen, num_strengths = settings.calibration_tokens + settings.val_tokens, len(settings.ridge or [])
+    slower = 15 if parent.model.dtype.itemsize < 4 else 1
 
     @functools.cache
     def of(subblock: str, variant: Variant | Joint) -> float:
         if variant in (PARENT, NO_OP):
             return 0.0
-        training = _layer(parent, costs_of, [(subblock, variant)], shape, num_strengths > 0, "contribution").flops
+        training = settings.train_tokens * _layer(parent, costs_of, [(subblock, variant)], shape, settings).flops
         if isinstance(variant, Joint):
-            return budgets["train"] * training + budgets["val"] * sum(costs_of(*half).forward_flops for half in variant.halves)
+            return training + settings.val_tokens * sum(costs_of(*half).forward_flops for half in variant.halves)
         costs, n = costs_of(subblock, variant), costs_of(subblock, variant).last_inputs
         refit = 2 * n * (n + shape.hidden) * seen + (num_strengths + 1) * n * n * (n + 2 * shape.hidden) if num_strengths else 0
-        return budgets["train"] * training + seen * costs.forward_flops + slower * refit
+        return training + seen * costs.forward_flops + slower * refit
 
-    below = sum(costs_of(s, PARENT).forward_flops for s in (ATTENTION, FFN)) * (budgets["train"] + seen)
+    below = sum(costs_of(s, PARENT).forward_flops for s in (ATTENTION, FFN)) * (settings.train_tokens + seen)
     return [of(s, v) for _, s, v in wanted], [below * (layer + 1) for layer, _, _ in wanted]
 
 

@@ -1,6 +1,6 @@
-"""One variant at work in BLD: what it is, how it starts, how it is refitted, what is written of it."""
+"""One variant at work in BLD: what is asked of it, how it starts, how it is refitted, what is written of it."""
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,9 +11,63 @@ from puzzle_core import surgery
 from puzzle_core.files import atomic
 from puzzle_core.learners import normalised_mse
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, load_weights, num_params
 from puzzle_core.trace import Call, kv_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How variants are trained: one preset of conf/bld/."""
+
+    seq_len: int
+    batch_size: int  # sequences a step
+    calibration_tokens: int
+    train_tokens: int
+    val_tokens: int
+    ridge: list[float] | None  # strengths of the refit's prior to choose from; None: no refit
+    lr: float
+    warmup_fraction: float
+    weight_decay: float
+    grad_clip: float  # of each variant's gradient norm
+    channels: str = "contribution"  # by what a narrower FFN's channels are chosen: one of surgery.CHANNELS
+    kv_heads: str = "mean_pool"  # what becomes of key-value heads that merge: one of surgery.KV_HEADS
+    target: str = "subblock"  # whose output is matched: the subblock's own, or the whole block's with the other half frozen
+    loss_per: str = "tensor"  # the MSE is normalised over the whole tensor, or for each token
+    eval_every_steps: int | None = None  # None: only before and after
+    settled: float | None = None  # a variant stops when its loss fell by less than this share since the last evaluation
+    # What follows says how the work is done, not what comes of it: no part of a fingerprint.
+    save_every_steps: int | None = None  # of a window in training, to go on from after a kill; None: begin the window again
+    memory_gib: float | None = None  # of the device; None: what a GPU has, no limit on a CPU
+    compile: bool = False  # the learners' forward and backward; pays on a GPU and long runs
+
+    def __post_init__(self):
+        if self.calibration_tokens < 1 or self.val_tokens < 1:
+            raise ValueError("bld.calibration_tokens and bld.val_tokens must be positive: pruning and the losses are measured on them")
+        if self.ridge is not None and self.calibration_tokens <= self.seq_len * self.batch_size:
+            raise ValueError(
+                f"bld.calibration_tokens ({self.calibration_tokens}) is one batch ({self.batch_size} x {self.seq_len}): the refit holds "
+                "one out to choose its strength by. Raise it, lower bld.batch_size, or set bld.ridge to null."
+            )
+        choices = {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}
+        choices |= {"channels": surgery.CHANNELS, "kv_heads": surgery.KV_HEADS}
+        for key, known in choices.items():
+            if (name := getattr(self, key)) not in known:
+                raise ValueError(f"bld.{key}: unknown '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        if self.settled is not None and self.eval_every_steps is None:
+            raise ValueError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Tokens of each use."""
+        return {"calibration": self.calibration_tokens, "train": self.train_tokens, "val": self.val_tokens}
+
+    def determining(self, variant: Variant | Joint) -> dict:
+        """The settings that decide what a variant's weights are; a block's halves have more, in their own fingerprints."""
+        kind = variant.kind if isinstance(variant, Variant) else BLOCK
+        names = [field.name for field in fields(self)]
+        others = {"channels": "w", "kv_heads": "kv"}  # each decides for one kind alone
+        return {name: getattr(self, name) for name in names[: names.index("save_every_steps")] if others.get(name) in (None, kind)}
 
 
 @dataclass(frozen=True)
@@ -58,8 +112,8 @@ def composed(parent: Parent, job: Job, blocks: Path) -> Trainee:
     return Trainee(job, module, init="halves")
 
 
-def initialised(parent: Parent, job: Job, calibration: list[dict[str, Call]], seen: surgery.Mean, channels: str, kv_heads: str) -> Trainee:
-    """The variant made of the parent's weights; `channels` and `kv_heads` as in bld's settings, `seen` by `surgery.watch_ffn`."""
+def initialised(parent: Parent, job: Job, calibration: list[dict[str, Call]], seen: surgery.Mean, settings: Settings) -> Trainee:
+    """The variant made of the parent's weights, by what `surgery.watch_ffn` has `seen`."""
     names = parent.family.subblock(job.subblock)
     original = parent.module(job.layer, job.subblock)
     if job.variant == PARENT:
@@ -72,9 +126,9 @@ def initialised(parent: Parent, job: Job, calibration: list[dict[str, Call]], se
         return torch.stack(losses).mean().item()
 
     basis = surgery.Basis(
-        importance=surgery.importance(seen, original, names, channels, job.fingerprint) if pruned else None,
-        channels=channels,
-        kv_heads=kv_heads,
+        importance=surgery.importance(seen, original, names, settings.channels, job.fingerprint) if pruned else None,
+        channels=settings.channels,
+        kv_heads=settings.kv_heads,
         error=error,
     )
     how = surgery.initialise(original, module, names, job.variant, basis)

@@ -194,14 +194,14 @@ def test_every_target_and_loss_can_be_learnt(pico, corpus, tmp_path, changes):
 def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_path):
     space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
     jobs = bld.jobs(pico, [space] * 4, SETTINGS, 0, corpus)
-    wanted, budgets = [(j.layer, j.subblock, j.variant) for j in jobs], {"calibration": 1024, "train": 2048, "val": 512}
-    whole = plan(pico, wanted, budgets, 64, 4, None)
+    wanted = bld.wanted_of(jobs)
+    whole = plan(pico, wanted, SETTINGS)
     assert whole.holds_training and len(whole.windows) == 4
     gib = (whole.peak_bytes - 2048 * 64 * 4 + 1000) / 2**30
-    small = plan(pico, wanted, budgets, 64, 4, gib)
+    small = plan(pico, wanted, replace(SETTINGS, memory_gib=gib))
     assert not small.holds_training and len(small.windows) == 4 and small.parent_flops == 2.5 * whole.parent_flops
     with pytest.raises(ValueError, match="one layer's variants need"):
-        plan(pico, wanted, budgets, 64, 4, gib / 2)
+        plan(pico, wanted, replace(SETTINGS, memory_gib=gib / 2))
     tables_of = []
     for number, memory_gib in enumerate((None, gib, 1.5 * gib)):
         settings = replace(SETTINGS, memory_gib=memory_gib)
@@ -214,7 +214,7 @@ def test_the_forecast_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_we
     spaces = resolve_layers({**SPACE, "block": ["kv1+w80"]}, pico.model.config, pico.family)
     wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, some in space.items() for v in some]
     halves, blocks = [w for w in wanted if w[1] != "block"], [w for w in wanted if w[1] == "block"]
-    plans = [bld.planned(pico, some, SETTINGS) for some in (halves, blocks)]
+    plans = [plan(pico, some, SETTINGS) for some in (halves, blocks)]
     assert bld.rounds(wanted, lambda one: one[2]) == [halves, blocks]
 
     def rows(parent):

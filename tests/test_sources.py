@@ -16,7 +16,7 @@ import stages.bld
 import stages.plan
 import stages.profile_hardware
 import stages.score
-from puzzle_core import scoring
+from puzzle_core import bld, scoring
 from puzzle_core.corpus import Corpus
 from puzzle_core.families import FAMILIES
 from puzzle_core.parents import Parent, load_parent
@@ -215,12 +215,13 @@ def test_bld_makes_the_library_of_a_parent_in_parts_within_its_budget(folder, pi
     peaks, tables, limit = [], {}, budget(pico, num_layers)
     parts = load_parent("directory", path=str(folder), memory_gib=limit / GIB, in_parts=True)
     wanted = [(n, s, v) for n in range(4) for s, v in (("attention", Variant("kv", 1)), ("ffn", Variant("w", 80)))]
-    planned = plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, None)
+    settings = bld.Settings(64, 4, 512, 4096, 256, [0.001, 0.01, 0.1, 1.0], 1e-3, 0.1, 0.0, 1.0)
+    planned = plan(parts, wanted, settings)
     if num_layers == 1:
         with pytest.raises(ValueError, match="room for one layer.*raise parent.memory_gib"):
-            plan(parts, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, (planned.peak_bytes - 1) / GIB)
+            plan(parts, wanted, replace(settings, memory_gib=(planned.peak_bytes - 1) / GIB))
     skeleton = load_parent("directory", path=str(folder), memory_gib=limit / GIB, skeleton=True)
-    sketched = plan(skeleton, wanted, {"calibration": 512, "train": 4096, "val": 256}, 64, 4, None)
+    sketched = plan(skeleton, wanted, settings)
     assert sketched == replace(planned, peak_bytes=planned.peak_bytes + CUBLAS_BYTES)  # planned as for a GPU
     bld_gib = "null" if num_layers == 1 else (planned.peak_bytes - 1) / GIB  # then the hidden states do not fit
     load = stages.bld.load_parent
