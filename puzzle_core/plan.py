@@ -158,7 +158,7 @@ def _layer(parent: Parent, costs_of, wanted: list[tuple[str, Variant | Joint]], 
 def plan(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
     """Divide the layers of `wanted` into windows that fit in the memory of the parent's device; ValueError if a single layer does not.
 
-    What it takes in one process, with joint blocks apart from their halves: they are trained later.
+    For one process and one of bld's `rounds`: joint blocks train after their halves.
     """
     itemsize, hidden = parent.model.dtype.itemsize, parent.model.config.get_text_config().hidden_size
     costs_of = functools.cache(lambda subblock, variant: _costs(parent, subblock, variant, settings.seq_len))

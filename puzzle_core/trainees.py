@@ -98,7 +98,9 @@ class Trainee:
     last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
     init: str = ""
     loss_before: float = 0.0
+    loss_last: float = 0.0  # when it was last looked at whether it has settled
     loss_after: float = 0.0
+    stopped_at: int | None = None  # the step after which it had
     num_tokens: int = 0
     outcome: str = "untrained"
 

@@ -43,8 +43,8 @@ class Window:
         self.kv_calls: dict[int, Call] = {}
         self.trainees = [trainee for layer in layers for trainee in self._initialise([job for job in here if job.layer == layer], layer)]
         self.groups = [group for layer in layers for group in self._groups(layer)] if num_steps else []
-        self.state_of = fingerprint(*(job.fingerprint for job in here), num_steps)
-        self.state_file = unfinished(blocks) / f"{layers.start}-{layers.stop}-{self.state_of}.pt"
+        state_of = fingerprint(*(job.fingerprint for job in here), num_steps)
+        self.state_file = unfinished(blocks) / f"{layers.start}-{layers.stop}-{state_of}.pt"
 
     # -------------------------------------------------------------------------------------------- before training
 
@@ -62,7 +62,7 @@ class Window:
             if trainee.last is not None and settings.ridge is not None:
                 refit(trainee, calibration, settings.ridge)
             trainee.module = trainee.module.to(parent.model.dtype)
-            trainee.loss_before = trainee.loss_after = self._loss(trainee, layer, validation)
+            trainee.loss_before = trainee.loss_last = trainee.loss_after = self._loss(trainee, layer, validation)
         return trainees
 
     @torch.no_grad()
@@ -144,13 +144,13 @@ class Window:
 
     def _learn(self, batches: list, progress: tqdm) -> None:
         settings, device = self.settings, self.run.parent.device
-        self.optimizer, self.last, self.stopped_at = self.make_optimizer(), {t.job: t.loss_before for t in self._trained()}, {}
+        self.optimizer, trained = self.make_optimizer(), self._trained()
         done = self._restore()
         rate = self.optimizer.param_groups[0]["lr"]  # restoring puts another tensor in its place
         step, held = Captured(self.step) if device.type == "cuda" else self.step, self.run.hidden.get("train")
         for index, batch in enumerate(batches):
             hidden = held[index] if held else self.run.enter(torch.as_tensor(batch, device=device), self.layers.start)
-            if index < done or len(self.stopped_at) == len(self.last):
+            if index < done or all(trainee.stopped_at for trainee in trained):
                 out = self._pass(hidden) if held else None
             else:
                 rate.fill_(settings.lr * lr_factor(index, self.num_steps, settings.warmup_fraction))
@@ -190,19 +190,19 @@ class Window:
         now = self._evaluate()
         for group in self.groups:
             for index, trainee in enumerate(group.trainees):
-                job = trainee.job
-                if job not in self.stopped_at and not now[job] < self.last[job] * (1 - self.settings.settled):
-                    self.stopped_at[job] = step
-                    self._take(group.learner, index, trainee, now[job], "settled")
-        self.last = now
+                loss = now[trainee.job]
+                if not trainee.stopped_at and not loss < trainee.loss_last * (1 - self.settings.settled):
+                    trainee.stopped_at = step
+                    self._take(group.learner, index, trainee, loss, "settled")
+                trainee.loss_last = loss
 
     def _finish(self, tokens_per_step: int) -> None:
         now = self._evaluate()
         for group in self.groups:
             for index, trainee in enumerate(group.trainees):
-                if trainee.job not in self.stopped_at:
+                if not trainee.stopped_at:
                     self._take(group.learner, index, trainee, now[trainee.job], "trained")
-                trainee.num_tokens = self.stopped_at.get(trainee.job, self.num_steps) * tokens_per_step
+                trainee.num_tokens = (trainee.stopped_at or self.num_steps) * tokens_per_step
 
     def _take(self, learner: Learner, index: int, trainee: Trainee, loss: float, outcome: str) -> None:
         """Let the trained weights be the variant's, unless those it began with were better."""
@@ -216,18 +216,13 @@ class Window:
     # -------------------------------------------------------------------------------------------- a killed window
 
     def _keep(self, step: int) -> None:
-        stopped = {
-            str(t.job): (self.stopped_at[t.job], t.loss_after, t.outcome, t.module.state_dict())
-            for t in self._trained()
-            if t.job in self.stopped_at
-        }
+        trained = self._trained()
         state = {
-            "of": self.state_of,
             "step": step,
             "weights": [group.learner.state_dict() for group in self.groups],
             "optimizer": self.optimizer.state_dict(),
-            "last": {str(job): loss for job, loss in self.last.items()},
-            "stopped": stopped,
+            "last": {str(t.job): t.loss_last for t in trained},
+            "stopped": {str(t.job): (t.stopped_at, t.loss_after, t.outcome, t.module.state_dict()) for t in trained if t.stopped_at},
         }
         with atomic(self.state_file) as part:
             torch.save(state, part)
@@ -237,15 +232,13 @@ class Window:
         if not self.state_file.exists():
             return 0
         state = torch.load(self.state_file, map_location=self.run.parent.device)
-        if state["of"] != self.state_of:
-            return 0
         for group, weights in zip(self.groups, state["weights"], strict=True):
             group.learner.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         for trainee in self._trained():
-            self.last[trainee.job] = state["last"][str(trainee.job)]
-            if str(trainee.job) in state["stopped"]:
-                self.stopped_at[trainee.job], trainee.loss_after, trainee.outcome, weights = state["stopped"][str(trainee.job)]
+            trainee.loss_last = state["last"][str(trainee.job)]
+            if stopped := state["stopped"].get(str(trainee.job)):
+                trainee.stopped_at, trainee.loss_after, trainee.outcome, weights = stopped
                 trainee.module.load_state_dict(weights)
         return state["step"]
 
