@@ -9,7 +9,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -113,31 +113,45 @@ def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], set
         "|---|---|---|---|---|---|---|---|",
     ]
     for num in (1, 8, 64):
-        total = [0.0] * 7
-        for part in rounds(wanted, lambda one: one[2]):
-            for column, value in enumerate(_fullest(parent, part, settings, num)):
-                total[column] = max(total[column], value) if column == 2 else total[column] + value
-        windows, layers, peak, training, of_parent, closed, flops = total
-        days = flops / (tflops * 1e12) / 86400
-        lines.append(
-            f"| {num} | {windows:.0f} | {layers:.0f} | {peak / GIB:,.1f} | {training:.3g} | {of_parent:.3g} | {closed:.3g} | {days:,.3g} |"
-        )
+        all_of = functools.reduce(_Load.__add__, (_fullest(parent, part, settings, num) for part in rounds(wanted, lambda one: one[2])))
+        columns = [str(all_of.num_windows), str(all_of.layer_passes), f"{all_of.peak_bytes / GIB:,.1f}"]
+        columns += [f"{flops:.3g}" for flops in (all_of.training_flops, all_of.parent_flops, all_of.closed_form_flops)]
+        lines.append(f"| {num} | {' | '.join(columns)} | {all_of.flops / (tflops * 1e12) / 86400:,.3g} |")
     return "\n".join([*lines, "", f"Of the busiest GPU; days at {tflops:g} TFLOP/s (plan.tflops)."])
 
 
-def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int) -> list[float]:
-    """Of `num` ranks the one with most to do: windows, layers run, peak bytes (of any), FLOPs of training, parent, closed form, all."""
+@dataclass(frozen=True)
+class _Load:
+    """What one rank has to do."""
+
+    num_windows: int
+    layer_passes: int
+    peak_bytes: int
+    training_flops: float
+    parent_flops: float
+    closed_form_flops: float
+
+    @property
+    def flops(self) -> float:
+        return self.training_flops + self.parent_flops + self.closed_form_flops
+
+    def __add__(self, later: "_Load") -> "_Load":
+        """One after the other."""
+        sums = {name: value + getattr(later, name) for name, value in vars(self).items()}
+        return _Load(**sums | {"peak_bytes": max(self.peak_bytes, later.peak_bytes)})
+
+
+def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int) -> _Load:
+    """Of `num` ranks the one with most to do, and the most memory that any takes."""
     owner = divide_in_order(*work(parent, wanted, settings), num)
     closed, reach = work(parent, wanted, replace(settings, train_tokens=0))
-    rows = []
+    loads = []
     for rank in sorted(set(owner)):
         mine = [index for index, whose in enumerate(owner) if whose == rank]
         its = plan(parent, [wanted[index] for index in mine], settings)
         before = sum(closed[index] for index in mine) + max(reach[index] for index in mine)
-        flops = its.training_flops + its.parent_flops + before
-        rows.append([len(its.windows), its.layer_passes, its.peak_bytes, its.training_flops, its.parent_flops, before, flops])
-    most = max(rows, key=lambda row: row[-1])
-    return [max(row[column] for row in rows) if column == 2 else value for column, value in enumerate(most)]
+        loads.append(_Load(len(its.windows), its.layer_passes, its.peak_bytes, its.training_flops, its.parent_flops, before))
+    return replace(max(loads, key=lambda load: load.flops), peak_bytes=max(load.peak_bytes for load in loads))
 
 
 def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
