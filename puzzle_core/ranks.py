@@ -105,11 +105,12 @@ def divide_in_order(work: list[float], reach: list[float], world_size: int) -> l
             owner.append(rank)
         return owner
 
-    low, high = 0.0, sum(work) + max(reach, default=0.0)
+    if not work:
+        return []
+    low, high = max(map(sum, zip(work, reach, strict=True))), sum(work) + max(reach)
     for _ in range(60):  # halves the error each time, down to what a float can tell
         middle = (low + high) / 2
-        fits = not work or filled(middle)[-1] < world_size and max(map(sum, zip(work, reach, strict=True))) <= middle
-        low, high = (low, middle) if fits else (middle, high)
+        low, high = (low, middle) if filled(middle)[-1] < world_size else (middle, high)
     return filled(high)
 
 
