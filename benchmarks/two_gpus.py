@@ -129,16 +129,18 @@ def worker(options: argparse.Namespace) -> None:
             emptied(device)
 
 
-def difference(folder: Path, name: str, part: str, world_size: int) -> float | None:
-    """The largest relative difference of the table of several processes from that of one."""
+def difference(folder: Path, name: str, part: str, world_size: int) -> dict | None:
+    """Where the table of several processes differs most from that of one: the row, both values, and the share of the one's."""
     columns = {"bld": ["loss_before", "loss_after"], "score": ["value"]}.get(part)
     if columns is None:
         return None
     one, several = (pd.read_parquet(folder / f"{name}-{part}-{n}.parquet") for n in (1, world_size))
     keys = [column for column in ("layer", "subblock", "variant", "metric") if column in one]
     assert one[keys].equals(several[keys]), f"{name}: the rows of {part} differ"
-    scale = one[columns].abs().clip(lower=1e-6)
-    return float(((one[columns] - several[columns]).abs() / scale).max(axis=None))
+    share = ((one[columns] - several[columns]).abs() / one[columns].abs().clip(lower=1e-6)).max(axis=1)
+    row = share.idxmax()
+    values = {"one": one.loc[row, columns].tolist(), "several": several.loc[row, columns].tolist()}
+    return {"share": float(share[row]), **one.loc[row, keys].astype(str).to_dict(), **values}
 
 
 def main(arguments: list[str] | None = None) -> dict:

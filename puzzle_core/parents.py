@@ -40,7 +40,8 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
+    """`auto` is the first GPU where there is one, else the CPU. To be called before anything is put on a GPU."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else memory that is free lies in pieces too small
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
