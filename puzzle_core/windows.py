@@ -105,13 +105,13 @@ class Window:
 
     def step(self, hidden_BTD: Tensor) -> Tensor:
         """One step of all the window's variants on one batch; what the parent's layers make of it."""
-        self.optimizer.zero_grad(set_to_none=True)
         for layer, calls in self.run.through(self.layers, hidden_BTD):
             hidden_BTD = calls[BLOCK].output_BTD
             for group in self._in(layer):
                 torch.stack(self._losses(group.learner, layer, group.subblock, calls, self.settings.compile)).sum().backward()
         self._clip()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # at the end: between steps gradients take no room
         return hidden_BTD
 
     def _clip(self) -> None:
@@ -247,7 +247,7 @@ class Captured:
     """`step` as one CUDA graph: launching its kernels one by one would take longer than they do.
 
     The first calls run as they are, because what is made only once must not be captured. All run on one stream: cuBLAS
-    keeps a workspace for every stream that it has ever seen.
+    keeps a workspace for every stream that it has ever seen. A graph has memory of its own: what those calls used is given back first.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor]):
@@ -264,6 +264,7 @@ class Captured:
             return out_BTD
         if self.graph is None:
             self.hidden_BTD, self.graph = hidden_BTD.clone(), torch.cuda.CUDAGraph()
+            torch.cuda.empty_cache()
             with torch.cuda.graph(self.graph, stream=_side_stream(hidden_BTD.device)):
                 self.out_BTD = self.step(self.hidden_BTD)
         self.hidden_BTD.copy_(hidden_BTD)
