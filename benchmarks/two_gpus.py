@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step of BLD and a batch of scoring")
     parser.add_argument("--steps", type=int, default=12, help="of BLD")
-    parser.add_argument("--layers", default="8,4" if on_gpu else "8", help="of each parent in BLD and scoring, or of all; 0: all")
+    parser.add_argument("--layers", default="8", help="of each parent in BLD and scoring, or of all; 0: all")
     parser.add_argument("--gkd-batch-size", type=int, default=8, help="sequences a step, of all processes")
     parser.add_argument("--gkd-steps", type=int, default=6, help="that are timed")
     parser.add_argument("--folder", help="where processes leave what they found; made by the first")

@@ -91,15 +91,13 @@ def rounds(some: list, variant_of: Callable[[object], Variant | Joint]) -> list[
     return [part for now in (False, True) if (part := [one for one, is_joint in zip(some, joint, strict=True) if is_joint is now])]
 
 
-def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, tflops: float) -> str:
+def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings) -> str:
     """The whole library's plan as a table, for 1, 8 and 64 processes with a GPU each; `parent` may have no weights.
 
     What a process does is its fullest rank's: windows, layers that a training token goes through, bytes, FLOPs. Days are FLOPs at
-    `tflops`, with the closed form's in float32 and float64 counted as often as it is slower (`plan.work`). ValueError where
+    `bld.plan_tflops`, with the closed form's in float32 and float64 counted as often as it is slower (`plan.work`). ValueError where
     one layer does not fit.
     """
-    if not tflops > 0:
-        raise ValueError(f"plan.tflops is {tflops}; expected more than 0: what one GPU sustains")
     wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, variants in space.items() for v in variants]
     bytes_of = functools.cache(lambda subblock, variant: num_bytes(build_subblock(parent, 0, subblock, variant)))
     size = sum(bytes_of(s, v) for _, s, v in wanted if v != PARENT)
@@ -116,8 +114,8 @@ def forecast(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], set
         all_of = functools.reduce(_Load.__add__, (_fullest(parent, part, settings, num) for part in rounds(wanted, lambda one: one[2])))
         columns = [str(all_of.num_windows), str(all_of.layer_passes), f"{all_of.peak_bytes / GIB:,.1f}"]
         columns += [f"{flops:.3g}" for flops in (all_of.training_flops, all_of.parent_flops, all_of.closed_form_flops)]
-        lines.append(f"| {num} | {' | '.join(columns)} | {all_of.flops / (tflops * 1e12) / 86400:,.3g} |")
-    return "\n".join([*lines, "", f"Of the busiest GPU; days at {tflops:g} TFLOP/s (plan.tflops)."])
+        lines.append(f"| {num} | {' | '.join(columns)} | {all_of.flops / (settings.plan_tflops * 1e12) / 86400:,.3g} |")
+    return "\n".join([*lines, "", f"Of the busiest GPU; days at {settings.plan_tflops:g} TFLOP/s (bld.plan_tflops)."])
 
 
 @dataclass(frozen=True)

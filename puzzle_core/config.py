@@ -5,6 +5,7 @@ The only module that knows Hydra and DVC. params.yaml is registered as a Hydra c
 """
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,12 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     if lacking:
         raise ValueError(f"{node._get_full_key(None)} lacks {', '.join(lacking)}: see its preset under conf/")
     return target(**{**values, **more})
+
+
+def refuse_in_dvc(key: str) -> None:
+    """ValueError if DVC runs this stage: its outputs stay as they are, and DVC would take them for what `key` was set for."""
+    if "DVC_STAGE" in os.environ:
+        raise ValueError(f"{key} is for the command line; in a preset `dvc repro` would take what is there for what was asked for")
 
 
 def this_command() -> list[str]:

@@ -40,6 +40,8 @@ class Settings:
     save_every_steps: int | None = None  # of a window in training, to go on from after a kill; None: begin the window again
     memory_gib: float | None = None  # of the device; None: what a GPU has, no limit on a CPU
     compile: bool = False  # the learners' forward and backward; pays on a GPU and long runs
+    plan_only: bool = False  # print what the library will take, of a parent whose weights are not read; make nothing
+    plan_tflops: float = 400.0  # what one GPU sustains, for the plan's days
 
     def __post_init__(self):
         if self.calibration_tokens < 1 or self.val_tokens < 1:
@@ -49,6 +51,8 @@ class Settings:
                 f"bld.calibration_tokens ({self.calibration_tokens}) is one batch ({self.batch_size} x {self.seq_len}): the refit holds "
                 "one out to choose its strength by. Raise it, lower bld.batch_size, or set bld.ridge to null."
             )
+        if not self.plan_tflops > 0:
+            raise ValueError(f"bld.plan_tflops is {self.plan_tflops}; expected more than 0: what one GPU sustains")
         choices = {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}
         choices |= {"channels": surgery.CHANNELS, "kv_heads": surgery.KV_HEADS}
         for key, known in choices.items():

@@ -2,16 +2,29 @@
 from pathlib import Path
 
 from puzzle_core import bld, ranks, tables
-from puzzle_core.config import fill, plain, stage
+from puzzle_core.config import fill, plain, refuse_in_dvc, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import lock
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.subblocks import resolve_layers
 
 
+def plan(cfg, settings):
+    """Print what the library will take: reads no weights, makes nothing."""
+    refuse_in_dvc("bld.plan_only")
+    parent = fill(load_parent, cfg.parent, device="meta", skeleton=True)
+    text = bld.forecast(parent, resolve_layers(plain(cfg.search_space), parent.model.config, parent.family), settings)
+    with ranks.joined() as mine:
+        if mine.first:
+            print(text)
+
+
 @stage("bld", launches=True)
 def run(cfg):
     out, settings = Path(cfg.out), fill(bld.Settings, cfg.bld)
+    if settings.plan_only:
+        plan(cfg, settings)
+        return
     with ranks.joined() as mine, lock(out, mine.tag("bld")):
         parent = fill(load_parent, cfg.parent, device=mine.device(pick_device(cfg.parent.get("device", "auto"))), in_parts=True)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))

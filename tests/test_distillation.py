@@ -210,7 +210,7 @@ def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_p
     pd.testing.assert_frame_equal(tables_of[0], tables_of[2])
 
 
-def test_the_forecast_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_weights(pico):
+def test_the_dry_run_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_weights(pico):
     spaces = resolve_layers({**SPACE, "block": ["kv1+w80"]}, pico.model.config, pico.family)
     wanted = [(layer, s, v) for layer, space in enumerate(spaces) for s, some in space.items() for v in some]
     halves, blocks = [w for w in wanted if w[1] != "block"], [w for w in wanted if w[1] == "block"]
@@ -218,7 +218,7 @@ def test_the_forecast_plans_joint_blocks_as_a_round_of_their_own_and_needs_no_we
     assert bld.rounds(wanted, lambda one: one[2]) == [halves, blocks]
 
     def rows(parent):
-        lines = [line.split("|")[1:-1] for line in bld.forecast(parent, spaces, SETTINGS, 400).splitlines() if line.startswith("|")]
+        lines = [line.split("|")[1:-1] for line in bld.forecast(parent, spaces, SETTINGS).splitlines() if line.startswith("|")]
         return {int(row[0]): dict(zip([cell.strip() for cell in lines[0]], map(float, row), strict=True)) for row in lines[2:]}
 
     alone = rows(pico)[1]

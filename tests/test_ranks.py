@@ -140,10 +140,11 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
 
 
-def test_a_plan_is_printed_once_however_many_processes_there_will_be_and_makes_nothing(tmp_path):
-    done = stage("plan", "launcher.processes=2", f"out={tmp_path}")
+def test_a_plan_is_printed_once_by_all_processes_together_makes_nothing_and_is_no_stage_of_dvc(tmp_path):
+    done = stage("bld", "bld.plan_only=true", "launcher.processes=2", f"out={tmp_path}")
     assert done.stdout.count("| GPUs |") == done.stdout.count("\n| 64 |") == 1 and not list(tmp_path.iterdir())
-    assert "plan.tflops is 0; expected more than 0" in stage("plan", "plan.tflops=0", check=False).stderr
+    assert "bld.plan_tflops is 0" in stage("bld", "bld.plan_only=true", "bld.plan_tflops=0", check=False).stderr
+    assert "bld.plan_only is for the command line" in stage("bld", "bld.plan_only=true", check=False, DVC_STAGE="bld").stderr
 
 
 def test_the_command_of_several_machines_names_where_they_meet():

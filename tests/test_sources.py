@@ -13,7 +13,6 @@ from conftest import EXCERPT, PICO, pico_parent
 from test_config import composed
 
 import stages.bld
-import stages.plan
 import stages.profile_hardware
 import stages.score
 from puzzle_core import bld, scoring
@@ -233,8 +232,7 @@ def test_bld_makes_the_library_of_a_parent_in_parts_within_its_budget(folder, pi
             module.register_forward_hook(lambda *_: peaks.append(resident_bytes(parent.model)))
         return parent
 
-    for each in (stages.bld, stages.plan):
-        monkeypatch.setattr(each, "load_parent", watched)
+    monkeypatch.setattr(stages.bld, "load_parent", watched)
     space = ["search_space.attention=[kv1]", "search_space.ffn=[w80]", "bld.train_tokens=4096"]
     for how, memory_gib in {"whole": "null", "parts": limit / GIB}.items():
         peaks.clear()
@@ -242,7 +240,7 @@ def test_bld_makes_the_library_of_a_parent_in_parts_within_its_budget(folder, pi
         tables[how] = pd.read_parquet(tmp_path / how / "library.parquet")
     assert max(peaks) == limit
     peaks.clear()
-    stages.plan.run(config(folder, tmp_path / "dry", limit / GIB, *space))
+    stages.bld.run(config(folder, tmp_path / "dry", limit / GIB, *space, "bld.plan_only=true"))
     assert not peaks and not (tmp_path / "dry").exists() and "| 1 | 4 | 4 | " in capsys.readouterr().out
     pd.testing.assert_frame_equal(tables["parts"], tables["whole"])
     for file in (tmp_path / "whole" / "blocks").iterdir():
