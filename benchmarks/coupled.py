@@ -1,12 +1,16 @@
 """What coupled training of a layer's two halves is worth: joint blocks beside the halves that they are made of.
 
     python -m benchmarks.coupled --data data parent.dtype=bfloat16 ...   # overrides as the stages took them that made the library
+    python -m benchmarks.coupled --data data/samples/smollm2-135m-coupled search_space=paper workload=throughput    # tables alone
 
-For a library that has joint blocks (`python -m stages.couple`, docs/library.md), with scores and costs. Of each block: the sum of its
-halves' scores, the KL of the halves put together as they are, and that of the block; all on the same held-out text. Then the search
-at some speed-ups with and without joint rows, and the joint KL of each child. Writes docs/results/coupled.json, and the table there.
+For a library that has joint blocks (`python -m stages.couple`, docs/library.md), with scores and costs: each block's score beside the
+sum of its halves', and what the search finds at some speed-ups with and without joint rows. Where the weights are there too, under
+blocks/: the KL of the halves put together as they are, and the joint KL of each child that the search chose. Writes
+docs/results/coupled.json, and the table in docs/library.md.
 """
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +34,30 @@ def one_block(num_layers: int, layer: int, block: Joint, joint: bool) -> Archite
     return Architecture(tuple(layers), (layer,) if joint else ())
 
 
-def by_block(problem: Problem, joint_kl) -> pd.DataFrame:
+def by_block(problem: Problem, joint_kl: Callable | None) -> pd.DataFrame:
     """A row for each joint block that changes both halves."""
     joint = [(layer, block) for layer, subblock, block in problem.options if subblock == BLOCK]
     blocks = [(layer, block) for layer, block in joint if PARENT not in (block.attention, block.ffn)]
-    apart, together = ([one_block(problem.num_layers, *block, joint) for block in blocks] for joint in (False, True))
-    kls = joint_kl([*apart, *together])
     table = pd.DataFrame([(layer, str(block)) for layer, block in blocks], columns=["layer", "block"])
-    summed = [problem.score(problem.rows_of(halves)) for halves in apart]
-    return table.assign(sum=summed, halves=kls[: len(blocks)], coupled=kls[len(blocks) :])
+    for name, together in {"sum": False, "coupled": True}.items():
+        some = [one_block(problem.num_layers, *block, together) for block in blocks]
+        table[name] = [problem.score(problem.rows_of(one)) for one in some]
+        if joint_kl:
+            table[f"{name}_measured"] = joint_kl(some)
+    return table
 
 
-def by_speedup(problems: dict[str, Problem], speedups: list[float], limits: dict, settings: search.Settings, joint_kl) -> list[dict]:
+def by_speedup(
+    problems: dict[str, Problem], speedups: list[float], limits: dict, settings: search.Settings, joint_kl: Callable | None
+) -> list[dict]:
     """What the search finds without and with joint rows."""
     rows = [
         {"speedup": speedup, "rows": name, "solution": search.search(problem, {**limits, "speedup": speedup}, settings)[0]}
         for speedup in speedups
         for name, problem in problems.items()
     ]
-    for row, kl in zip(rows, joint_kl([row["solution"].architecture for row in rows]), strict=True):
+    kls = joint_kl([row["solution"].architecture for row in rows]) if joint_kl else [None] * len(rows)
+    for row, kl in zip(rows, kls, strict=True):
         solution = row.pop("solution")
         row |= {"predicted": solution.score, "joint_kl": kl, "joint_layers": len(solution.architecture.joint)}
         row["architecture"] = solution.architecture.to_json()
@@ -57,14 +66,21 @@ def by_speedup(problems: dict[str, Problem], speedups: list[float], limits: dict
 
 def text_of(found: dict) -> str:
     """The two tables as Markdown."""
-    lines = ["| blocks whose halves are both replaced | median KL |", "|---|---|"]
-    names = {"sum": "sum of the halves' scores", "halves": "halves trained apart, put together", "coupled": "trained together"}
-    lines += [f"| {title} | {found['median'][name]:.4f} |" for name, title in names.items()]
+    titles = {
+        "sum": "sum of the halves' scores",
+        "coupled": "score of the block, trained together",
+        "sum_measured": "KL of the halves trained apart, put together, on other text",
+        "coupled_measured": "KL of the block on that text",
+    }
+    lines = ["| blocks whose halves are both replaced | median |", "|---|---|"]
+    lines += [f"| {titles[name]} | {value:.4f} |" for name, value in found["median"].items()]
     lines += ["", "| speed-up | rows searched | sum of scores | joint KL of the child | layers with a joint block |", "|---" * 5 + "|"]
     for row in found["searched"]:
-        cells = [f"{row['speedup']:g} ×", row["rows"], f"{row['predicted']:.3f}", f"{row['joint_kl']:.3f}", str(row["joint_layers"])]
+        kl = "" if row["joint_kl"] is None else f"{row['joint_kl']:.3f}"
+        cells = [f"{row['speedup']:g} ×", row["rows"], f"{row['predicted']:.3f}", kl, str(row["joint_layers"])]
         lines.append(f"| {' | '.join(cells)} |")
-    better = f"Trained together is better in {found['better']:.0%} of {found['blocks']} blocks, by {found['gain']:.0%} in the median."
+    share = f"{found['better']:.0%} of {found['blocks']} blocks"
+    better = f"The block's score is below the sum in {share}, by {found['gain']:.0%} in the median."
     return "\n".join([*lines, "", f"{better} {found['about']}"])
 
 
@@ -76,34 +92,35 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     cfg = composed(*overrides, f"out='{options.data}'")
     scores, costs, library = (tables.read(name, options.data / f"{name}.parquet") for name in ("scores", "costs", "library"))
-    parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
-    corpus, text = Corpus(parent.tokenizer, plain(cfg.corpus)), fill(realised.Settings, cfg.realised)
-    batches = text.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
-    settings, weights_of = fill(search.Settings, cfg.search, pool_size=1), tables.variant_files(library, options.data / "blocks")
-
-    def joint_kl(architectures: list[Architecture]) -> list[float]:
-        return realised.joint_kl(parent, architectures, weights_of, batches, text)
+    settings, joint_kl, text = fill(search.Settings, cfg.search, pool_size=1), None, "Tables alone: no child was built."
+    if (options.data / "blocks").is_dir():
+        measured = fill(realised.Settings, cfg.realised)
+        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
+        corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
+        batches = measured.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
+        weights_of = tables.variant_files(library, options.data / "blocks")
+        joint_kl = partial(realised.joint_kl, parent, weights_of=weights_of, batches=batches, settings=measured)
+        text = f"Joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
 
     def problem(of: pd.DataFrame) -> Problem:
         return Problem.from_tables(of, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
 
     problems = {"halves": problem(scores[scores["subblock"] != BLOCK]), "halves and joint blocks": problem(scores)}
     blocks = by_block(problems["halves and joint blocks"], joint_kl)
-    gain = 1 - blocks["coupled"] / blocks["halves"]
-    num_tokens = sum(batch.size for batch in batches)
+    gain = 1 - blocks["coupled"] / blocks["sum"]
     trained = int(library.loc[library["subblock"] == BLOCK, "num_tokens"].max())
     found = {
         "blocks": len(blocks),
-        "median": blocks[["sum", "halves", "coupled"]].median().to_dict(),
+        "median": blocks.drop(columns=["layer", "block"]).median().to_dict(),
         "better": float(np.mean(gain > 0)),
         "gain": float(gain.median()),
-        "about": f"KL on {num_tokens:,} held-out tokens; blocks trained on {trained:,} each; costs of {problems['halves'].hardware}.",
+        "about": f"Every variant and block trained on {trained:,} tokens; costs of {problems['halves'].hardware}. {text}",
         "searched": by_speedup(problems, options.speedups, plain(cfg.constraints), settings, joint_kl),
         "of_blocks": blocks.to_dict("records"),
     }
     print(text_of(found))
     if options.out != "none":
-        write_results("coupled", found, parent.device)
+        write_results("coupled", found, pick_device("cpu") if joint_kl is None else pick_device(cfg.hardware.device))
         write_into("docs/library.md", "coupled", text_of(read_json(ROOT / "docs/results/coupled.json")["figures"]))
 
 
