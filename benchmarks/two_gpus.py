@@ -3,11 +3,11 @@
     python -m benchmarks.two_gpus                                                   # 1 GPU, then 2, both geometries
     python -m benchmarks.two_gpus --parents pico --seq-len 64 --batch-size 4        # processes on a CPU, over gloo
 
-Weights are random (so the increase of the LM loss is not scored: it is zero within noise). BLD and scoring of a large geometry take its lowest `--layers` layers: a parent of that many. Everything is
-done twice in each number of processes and timed the second time, so compiling is not in it; a time is that of the slowest
-process, from all ready to the table. GKD is timed over its last steps, the same batch divided over the processes, in shards
-(FSDP2) where there are several GPUs; on one GPU a geometry that needs more than there is is not run. NVLink multicast stays off.
-Each figure is printed, and docs/results/two_gpus.json written, as soon as it is known.
+Weights are random, so the increase of the LM loss is not scored: it is zero within noise. BLD and scoring of a large geometry take
+its lowest `--layers` layers: a parent of that many. Everything is done twice in each number of processes and timed the second time,
+so compiling is not in it; a time is that of the slowest process, from all ready to the table. GKD is timed over its last steps, the
+same batch divided over the processes, in shards (FSDP2) where there are several GPUs; on one GPU a geometry that needs more than there
+is is not run. NVLink multicast stays off. Each figure is printed, and docs/results/two_gpus.json written, as soon as it is known.
 """
 import argparse
 import json
@@ -70,9 +70,8 @@ def library_and_scores(name: str, options: argparse.Namespace, mine: ranks.Ranks
         emptied(device)
         took_s, (library, _) = seconds(mine, device, lambda: bld.train_library(parent, jobs, corpus, settings, 0, blocks, mine))
     yield "bld", library, {"seconds": took_s, "layers": len(parent.layers), "peak_gib": peak_gib(device)}
-    how = scoring.Settings(
-        2 * tokens, options.seq_len, options.batch_size, ["kl", "cosine_distance"], None, 8 if on_gpu else 1, min(4096, tokens), None, on_gpu
-    )
+    metrics, at_once = ["kl", "cosine_distance"], 8 if on_gpu else 1
+    how = scoring.Settings(2 * tokens, options.seq_len, options.batch_size, metrics, None, at_once, min(4096, tokens), None, on_gpu)
     none = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
     for _ in range(2):
         emptied(device)
