@@ -6,8 +6,7 @@
       "realised={num_tokens:65536,seq_len:1024,batch_size:8,head_tokens:4096,memory_gib:16}"
       "+evaluation.tasks.lambada={path:data/questions/lambada_openai.jsonl,num_questions:1500}"
       "+evaluation.tasks.piqa={path:data/questions/piqa.jsonl,delimiter:'Answer: ',metric:acc_norm}"
-      "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}"
-      "+evaluation.tasks.hellaswag={path:data/questions/hellaswag100.jsonl,metric:acc_norm}")
+      "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}")
     python -m benchmarks.study libraries --out study --minutes 9 "${SETTINGS[@]}"   # the settings once; again until none is unfinished
     python -m benchmarks.study choose --out study                           # the searches: no GPU, and no model
     python -m benchmarks.study heal --out study --minutes 9 --per-gpu 2     # again until no row is missing
