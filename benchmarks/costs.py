@@ -5,8 +5,9 @@
 
 Costs are measured as `profile-hardware` does. Architectures are a frontier of the search on synthetic scores, and random ones;
 none of them was measured before. Each child is built, served whole requests in turn with the parent, and compared with what the table
-predicts at the parent's pace: times are scaled by what the parent takes in the same turns over what the table says that it takes, since
-a machine that others share is not as fast now as it was then. That is fitted on the parent alone; `as_priced` is without.
+predicts at the parent's pace: turn by turn, times are scaled by what the parent takes in that turn over what the table says that it
+takes, since a machine that others share is not as fast now as it was then. So the error of the latency, the median over turns, is
+that of the speed-up. The scale is fitted on the parent alone; `as_priced` is without.
 """
 import argparse
 import statistics
@@ -18,19 +19,17 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from safetensors.torch import save_file
-from torch import nn
 
 from benchmarks.demo import ROOT, write_into
 from benchmarks.machine import random_parent, write_results
 from puzzle_core import costs, search, tables
-from puzzle_core.children import make_child
+from puzzle_core.children import make_child, random_weights
 from puzzle_core.files import read_json
 from puzzle_core.parents import Parent, load_parent, pick_device
 from puzzle_core.problem import Problem
 from puzzle_core.serving import side_by_side
 from puzzle_core.spec import PARENT, SUBBLOCKS, Architecture, Scenario, Variant
-from puzzle_core.subblocks import build_subblock, resolve_space
+from puzzle_core.subblocks import resolve_space
 
 JUDGED = ("latency_ms", "throughput_tokens_per_s", "memory_mib")
 SHOWN = (*JUDGED, "prefill_ms", "decode_ms")
@@ -77,23 +76,8 @@ def architectures(problem: Problem, space: dict[str, list[Variant]]) -> dict[str
     return chosen
 
 
-def random_weights(parent: Parent, folder: Path):
-    """A `weights_of` for make_child: one file of random weights for each variant, whatever the layer."""
-
-    def weights_of(layer: int, subblock: str, variant: Variant) -> tuple[Path, str]:
-        path = folder / f"{subblock}-{variant}.safetensors"
-        if not path.exists():
-            module = build_subblock(parent, layer, subblock, variant)
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            save_file(module.state_dict(), path)
-        return path, ""
-
-    return weights_of
-
-
 def compared(predicted: dict, parent_predicted: dict, found: dict[str, dict]) -> dict:
-    """What was predicted of an architecture beside what its child took, and the pace of the parent in the same turns."""
+    """What was predicted of an architecture beside what its child took, and the pace of the parent, by the median of the turns' ratios."""
     child, of_parent = found["child"], parent_predicted["latency_ms"]
     pace = child["speedup"] * child["latency_ms"] / of_parent
     rows: dict = {"pace": pace, "speedup": {"predicted": of_parent / predicted["latency_ms"], "realised": child["speedup"]}}

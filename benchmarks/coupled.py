@@ -39,11 +39,11 @@ def by_block(problem: Problem, joint_kl: Callable | None) -> pd.DataFrame:
     joint = [(layer, block) for layer, subblock, block in problem.options if subblock == BLOCK]
     blocks = [(layer, block) for layer, block in joint if PARENT not in (block.attention, block.ffn)]
     table = pd.DataFrame([(layer, str(block)) for layer, block in blocks], columns=["layer", "block"])
-    for name, together in {"sum": False, "coupled": True}.items():
+    for score, measured, together in (("sum", "halves_measured", False), ("coupled", "coupled_measured", True)):
         some = [one_block(problem.num_layers, *block, together) for block in blocks]
-        table[name] = [problem.score(problem.rows_of(one)) for one in some]
+        table[score] = [problem.score(problem.rows_of(one)) for one in some]
         if joint_kl:
-            table[f"{name}_measured"] = joint_kl(some)
+            table[measured] = joint_kl(some)
     return table
 
 
@@ -69,16 +69,17 @@ def text_of(found: dict) -> str:
     titles = {
         "sum": "sum of the halves' scores",
         "coupled": "score of the block, trained together",
-        "sum_measured": "KL of the halves trained apart, put together, on other text",
+        "halves_measured": "KL of the halves trained apart, put together, on other text",
         "coupled_measured": "KL of the block on that text",
     }
     lines = ["| blocks whose halves are both replaced | median |", "|---|---|"]
     lines += [f"| {titles[name]} | {value:.4f} |" for name, value in found["median"].items()]
-    lines += ["", "| speed-up | rows searched | sum of scores | joint KL of the child | layers with a joint block |", "|---" * 5 + "|"]
+    measured = ["joint KL of the child"] if found["searched"][0]["joint_kl"] is not None else []
+    header = ["speed-up", "rows searched", "sum of scores", *measured, "layers with a joint block"]
+    lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in found["searched"]:
-        kl = "" if row["joint_kl"] is None else f"{row['joint_kl']:.3f}"
-        cells = [f"{row['speedup']:g} ×", row["rows"], f"{row['predicted']:.3f}", kl, str(row["joint_layers"])]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [f"{row['speedup']:g} ×", row["rows"], f"{row['predicted']:.3f}", *[f"{row['joint_kl']:.3f}" for _ in measured]]
+        lines.append(f"| {' | '.join([*cells, str(row['joint_layers'])])} |")
     share = f"{found['better']:.0%} of {found['blocks']} blocks"
     better = f"The block's score is below the sum in {share}, by {found['gain']:.0%} in the median."
     return "\n".join([*lines, "", f"{better} {found['about']}"])
@@ -92,7 +93,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     cfg = composed(*overrides, f"out='{options.data}'")
     scores, costs, library = (tables.read(name, options.data / f"{name}.parquet") for name in ("scores", "costs", "library"))
-    settings, joint_kl, text = fill(search.Settings, cfg.search, pool_size=1), None, "Tables alone: no child was built."
+    settings, joint_kl, text = fill(search.Settings, cfg.search, pool_size=1), None, "tables alone: no child was built."
     if (options.data / "blocks").is_dir():
         measured = fill(realised.Settings, cfg.realised)
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
@@ -100,7 +101,7 @@ def main() -> None:
         batches = measured.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
         weights_of = tables.variant_files(library, options.data / "blocks")
         joint_kl = partial(realised.joint_kl, parent, weights_of=weights_of, batches=batches, settings=measured)
-        text = f"Joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
+        text = f"joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
 
     def problem(of: pd.DataFrame) -> Problem:
         return Problem.from_tables(of, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
@@ -114,7 +115,7 @@ def main() -> None:
         "median": blocks.drop(columns=["layer", "block"]).median().to_dict(),
         "better": float(np.mean(gain > 0)),
         "gain": float(gain.median()),
-        "about": f"Every variant and block trained on {trained:,} tokens; costs of {problems['halves'].hardware}. {text}",
+        "about": f"Variants were trained on {trained:,} tokens each, blocks, which are made of them, on as many again; {text}",
         "searched": by_speedup(problems, options.speedups, plain(cfg.constraints), settings, joint_kl),
         "of_blocks": blocks.to_dict("records"),
     }

@@ -93,19 +93,22 @@ def this_command() -> list[str]:
     return [*job.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
 
 
-def stage(name: str, reads: str | None = None, command: tuple[str, ...] = (), launches: bool = False) -> Callable:
+def stage(
+    name: str, reads: str | None = None, command: tuple[str, ...] = (), launches: bool | Callable[[DictConfig], bool] = False
+) -> Callable:
     """Make `run(cfg)` the Hydra entry point of stage `name`: declared keys only, user errors in one line, exit code 1.
 
     For a command that is no stage of dvc.yaml: `reads` is the stage whose keys it sees beside its section of
-    conf/config.yaml; a `command` has its own keys, which it names here, in conf/NAME.yaml. A stage that `launches` shares
-    its work among the processes of `launcher` in params.yaml: `run` is called in each, and learns from `ranks` which it is.
+    conf/config.yaml; a `command` has its own keys, which it names here, in conf/NAME.yaml. A stage that `launches`,
+    always or where its config says so, shares its work among the processes of `launcher` in params.yaml: `run` is called in
+    each, and learns from `ranks` which it is.
     """
 
     def decorate(run: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> object:
             try:
-                if launches and not is_launched():
+                if (launches(cfg) if callable(launches) else launches) and not is_launched():
                     launcher = fill(Launcher, cfg.launcher)
                     if launcher.wanted:
                         return launcher.run(name, this_command())

@@ -3,6 +3,7 @@
 A variant's time is found in place (`Torch`): in every layer of the whole model, in turn with the parent, and once more where the other
 subblock does nothing. So overhead and memory traffic are those of real use, and the parent's predicted total is its measured time.
 """
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -79,12 +80,16 @@ class Torch:
             return served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))
 
         nothing = {s: modules_of(s, NO_OP) for s in SUBBLOCKS}
-        whole, alone = session_of({}), {s: session_of({o: nothing[o] for o in SUBBLOCKS if o != s}) for s in SUBBLOCKS}
+        whole = session_of({})
+
+        @functools.lru_cache(maxsize=1)
+        def alone(subblock: str) -> Eager | Static:
+            return session_of({s: nothing[s] for s in SUBBLOCKS if s != subblock})
 
         def turns(subblock: str, variant: Variant) -> tuple[list[Turn], int, int]:
             """Turns of the four models, the parameters of the variant, and the bytes of the KV cache with it."""
             own = {subblock: modules_of(subblock, variant)}
-            sessions = whole, session_of(own), alone[subblock], session_of({**nothing, **own})
+            sessions = whole, session_of(own), alone(subblock), session_of({**nothing, **own})
             repeats = self.repeats * (2 if variant == NO_OP else 1)  # all others are measured against these
             timed = in_turn([partial(self._times, session, scenario) for session in sessions], repeats, self.warmup)
             return timed, num_params(parent, 0, subblock, own[subblock][0]), sessions[1].kv_bytes()

@@ -37,11 +37,12 @@ DEQUANTISATION = 2  # raised when what is made of a GGUF file changes: the cache
 # Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
 # and loads from that instead of the revision that was asked for.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # else what is free of a GPU's memory lies in pieces too small
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU. To be called before anything is put on a GPU."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else memory that is free lies in pieces too small
+    """`auto` is the first GPU where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):

@@ -111,7 +111,7 @@ def divide_in_order(work: list[float], reach: list[float], world_size: int) -> l
     for _ in range(60):  # halves the error each time, down to what a float can tell
         middle = (low + high) / 2
         low, high = (low, middle) if filled(middle)[-1] < world_size else (middle, high)
-    return filled(high)
+    return [min(rank, world_size - 1) for rank in filled(high)]  # a sum in another order may be an ulp off
 
 
 @contextlib.contextmanager

@@ -13,13 +13,10 @@ def plan(cfg, settings):
     """Print what the library will take: reads no weights, makes nothing."""
     refuse_in_dvc("bld.plan_only")
     parent = fill(load_parent, cfg.parent, device="meta", skeleton=True)
-    text = bld.forecast(parent, resolve_layers(plain(cfg.search_space), parent.model.config, parent.family), settings)
-    with ranks.joined() as mine:
-        if mine.first:
-            print(text)
+    print(bld.forecast(parent, resolve_layers(plain(cfg.search_space), parent.model.config, parent.family), settings))
 
 
-@stage("bld", launches=True)
+@stage("bld", launches=lambda cfg: not cfg.bld.get("plan_only"))
 def run(cfg):
     out, settings = Path(cfg.out), fill(bld.Settings, cfg.bld)
     if settings.plan_only:

@@ -47,12 +47,13 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
         "prefill_ms": {"outside": 20.0, ATTENTION: 5.0, FFN: 10.0, "w": 4.0},
         "decode_ms": {"outside": 2.0, ATTENTION: 0.5, FFN: 1.0, "w": 0.4},
     }
-    layers, slower = 4, (1.0, 3.0, 1.5)  # the machine is three times as slow in one turn
+    layers, slower, both = 4, (1.0, 3.0, 1.5), 0.2  # the machine is three times as slow in one turn; what two subblocks cost together
 
     def timed(subblock, variant):
         def total(metric, **replaced):
-            named = {**{s: s for s in SUBBLOCKS}, **replaced}
-            return truth[metric]["outside"] + layers * sum(truth[metric].get(name, 0.0) for name in named.values())
+            named = {**{s: s for s in SUBBLOCKS}, **replaced}.values()
+            block = sum(truth[metric].get(name, 0.0) for name in named) + both * ("nothing" not in named)
+            return truth[metric]["outside"] + layers * block
 
         own, nothing = {subblock: variant}, {s: "nothing" for s in SUBBLOCKS if s != subblock}
         return [tuple({m: f * total(m, **some) for m in truth} for some in ({}, own, nothing, {**own, **nothing})) for f in slower]
@@ -61,9 +62,10 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
     found = turns.times_of(timed(FFN, "w"), FFN, base, layers, layers)
     for metric, expected in truth.items():
         scale = 1.5  # the median of the parent's turns
-        assert base[ATTENTION, PARENT][metric][0] == pytest.approx(scale * expected[ATTENTION])
+        for subblock in SUBBLOCKS:  # half of what they cost together is each one's
+            assert base[subblock, PARENT][metric][0] == pytest.approx(scale * (expected[subblock] + both / 2))
         assert base[OUTSIDE, PARENT][metric][0] == pytest.approx(scale * expected["outside"])
-        assert found[metric] == pytest.approx((scale * expected["w"], 0.0), abs=1e-9)
+        assert found[metric] == pytest.approx((scale * (expected["w"] + both / 2), 0.0), abs=1e-9)
 
 
 def test_a_larger_space_and_another_workload_measure_only_what_is_new(pico):

@@ -140,8 +140,9 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
 
 
-def test_a_plan_is_printed_once_by_all_processes_together_makes_nothing_and_is_no_stage_of_dvc(tmp_path):
-    done = stage("bld", "bld.plan_only=true", "launcher.processes=2", f"out={tmp_path}")
+def test_a_plan_launches_no_processes_makes_nothing_and_is_no_stage_of_dvc(tmp_path):
+    several = ["launcher.processes=2", "launcher.nodes=2", "launcher.rendezvous=nowhere:1"]
+    done = stage("bld", "bld.plan_only=true", *several, f"out={tmp_path}")
     assert done.stdout.count("| GPUs |") == done.stdout.count("\n| 64 |") == 1 and not list(tmp_path.iterdir())
     assert "bld.plan_tflops is 0" in stage("bld", "bld.plan_only=true", "bld.plan_tflops=0", check=False).stderr
     assert "bld.plan_only is for the command line" in stage("bld", "bld.plan_only=true", check=False, DVC_STAGE="bld").stderr

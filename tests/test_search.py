@@ -14,6 +14,7 @@ from conftest import ROOT, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import coupled
 from benchmarks import rivals as benchmark
 from puzzle_core import checks, mip, rivals, search, tables
 from puzzle_core.constraints import CONSTRAINTS, constraints_from
@@ -680,3 +681,19 @@ def test_the_commands_write_their_tables_and_pictures(tmp_path):
     tables.write("costs", tables.read("costs", tmp_path / "costs.parquet").query("variant != 'kv1'"), tmp_path / "costs.parquet")
     failed = stage("check", *where, check=False)
     assert failed.returncode == 1 and "attention kv1 has a score but no" in failed.stdout and "5 faults" in failed.stderr
+
+
+def test_what_joint_blocks_are_worth_is_told_by_tables_alone_and_by_children_where_there_are_any(capsys, monkeypatch):
+    data = ROOT / "data/samples/smollm2-135m-coupled"
+    command = ["coupled", "--data", str(data), "--speedups", "1.5", "--out", "none", "search_space=paper", "workload=throughput"]
+    monkeypatch.setattr(sys, "argv", command)
+    coupled.main()
+    text = capsys.readouterr().out
+    assert "| 1.5 × | halves and joint blocks | 0.464 | 17 |" in text and "KL of" not in text
+    scores, costs = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs"))
+    problem = Problem.from_tables(scores, costs, "kl", "b64p512g512")
+    blocks = coupled.by_block(problem, joint_kl=lambda some: [len(one.joint) for one in some])
+    assert set(blocks.halves_measured) == {0} and set(blocks.coupled_measured) == {1} and len(blocks) == 60
+    (row,) = coupled.by_speedup({"all": problem}, [1.5], {}, search.Settings(), joint_kl=lambda some: [0.5] * len(some))
+    found = {"median": {}, "better": 1.0, "gain": 0.5, "blocks": 60, "about": "", "searched": [row]}
+    assert "| 1.5 × | all | 0.464 | 0.500 | 17 |" in coupled.text_of(found)
