@@ -129,7 +129,7 @@ def copy_of_the_project(target: Path) -> Path:
     for old, new in {
         "parent: smollm2-135m": "parent: pico", "search_space: demo": "search_space: pico", "bld: demo": "bld: pico",
         "score: demo": "score: pico", "workload: demo": "workload: pico", "gkd: demo": "gkd: pico", "hardware: auto": "hardware: cpu",
-        "speedup: 1.3 ": "speedup: null ", "params_fraction: null": "params_fraction: 0.8", "repeats: 3": "repeats: 1",
+        "speedup: 1.3 ": "speedup: null ", "params_fraction: null": "params_fraction: 0.8", "repeats: 7": "repeats: 1",
     }.items():  # fmt: skip
         assert old in params, old
         params = params.replace(old, new)
