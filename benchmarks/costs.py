@@ -33,7 +33,7 @@ from puzzle_core.subblocks import resolve_space
 
 JUDGED = ("latency_ms", "throughput_tokens_per_s", "memory_mib")
 SHOWN = (*JUDGED, "prefill_ms", "decode_ms")
-TIMES = {"latency_ms": 1, "prefill_ms": 1, "decode_ms": 1, "throughput_tokens_per_s": -1, "memory_mib": 0}  # exponent of the pace
+PACE_EXPONENT = {"latency_ms": 1, "prefill_ms": 1, "decode_ms": 1, "throughput_tokens_per_s": -1, "memory_mib": 0}
 LIMITS = {"median": 0.05, "worst": 0.10}
 DEFAULTS = {  # parents, workload, search space, how costs are measured, timed requests
     "cpu": (["smollm2-135m"], "b1p64g32", "demo", costs.Torch("cpu", repeats=6, decode_contexts=2), 7),
@@ -82,7 +82,7 @@ def compared(predicted: dict, parent_predicted: dict, found: dict[str, dict]) ->
     pace = child["speedup"] * child["latency_ms"] / of_parent
     rows: dict = {"pace": pace, "speedup": {"predicted": of_parent / predicted["latency_ms"], "realised": child["speedup"]}}
     for total in SHOWN:
-        at_pace = predicted[total] * pace ** TIMES[total]
+        at_pace = predicted[total] * pace ** PACE_EXPONENT[total]
         rows[total] = {"as_priced": predicted[total], "predicted": at_pace, "realised": child[total]}
         rows[total] |= {"error": at_pace / child[total] - 1, "error_as_priced": predicted[total] / child[total] - 1}
     return rows

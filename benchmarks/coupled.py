@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.demo import ROOT, write_into
+from benchmarks.demo import write_into
 from benchmarks.machine import write_results
 from puzzle_core import evaluation, realised, search, tables
 from puzzle_core.config import composed, fill, plain
 from puzzle_core.corpus import Corpus
-from puzzle_core.files import read_json
 from puzzle_core.parents import load_parent, pick_device
 from puzzle_core.problem import Problem
 from puzzle_core.spec import BLOCK, PARENT, Architecture, Joint, Workload
@@ -93,15 +92,16 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     cfg = composed(*overrides, f"out='{options.data}'")
     scores, costs, library = (tables.read(name, options.data / f"{name}.parquet") for name in ("scores", "costs", "library"))
-    settings, joint_kl, text = fill(search.Settings, cfg.search, pool_size=1), None, "tables alone: no child was built."
+    settings, joint_kl, device = fill(search.Settings, cfg.search, pool_size=1), None, pick_device("cpu")
+    measured_on = "tables alone: no child was built."
     if (options.data / "blocks").is_dir():
-        measured = fill(realised.Settings, cfg.realised)
-        parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
+        measured, device = fill(realised.Settings, cfg.realised), pick_device(cfg.hardware.device)
+        parent = fill(load_parent, cfg.parent, device=device)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
         batches = measured.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
         weights_of = tables.variant_files(library, options.data / "blocks")
         joint_kl = partial(realised.joint_kl, parent, weights_of=weights_of, batches=batches, settings=measured)
-        text = f"joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
+        measured_on = f"joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
 
     def problem(of: pd.DataFrame) -> Problem:
         return Problem.from_tables(of, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))
@@ -115,14 +115,15 @@ def main() -> None:
         "median": blocks.drop(columns=["layer", "block"]).median().to_dict(),
         "better": float(np.mean(gain > 0)),
         "gain": float(gain.median()),
-        "about": f"Variants were trained on {trained:,} tokens each, blocks, which are made of them, on as many again; {text}",
+        "about": f"Variants were trained on {trained:,} tokens each, blocks, which are made of them, on as many again; {measured_on}",
         "searched": by_speedup(problems, options.speedups, plain(cfg.constraints), settings, joint_kl),
         "of_blocks": blocks.to_dict("records"),
     }
-    print(text_of(found))
+    text = text_of(found)
+    print(text)
     if options.out != "none":
-        write_results("coupled", found, pick_device("cpu") if joint_kl is None else pick_device(cfg.hardware.device))
-        write_into("docs/library.md", "coupled", text_of(read_json(ROOT / "docs/results/coupled.json")["figures"]))
+        write_results("coupled", found, device)
+        write_into("docs/library.md", "coupled", text)
 
 
 if __name__ == "__main__":
