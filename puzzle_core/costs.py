@@ -24,7 +24,7 @@ from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, num_params, randomised, swapped
-from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, num_turns, times_of
 
 VERSION = 3  # raise when a change here, or in a module below, changes what a cost is
 UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
@@ -90,8 +90,8 @@ class Torch:
             """Turns of the four models, the parameters of the variant, and the bytes of the KV cache with it."""
             own = {subblock: modules_of(subblock, variant)}
             sessions = whole, session_of(own), alone(subblock), session_of({**nothing, **own})
-            repeats = self.repeats * (2 if variant == NO_OP else 1)  # all others are measured against these
-            timed = in_turn([partial(self._times, session, scenario) for session in sessions], repeats, self.warmup)
+            timed_by = [partial(self._times, session, scenario) for session in sessions]
+            timed = in_turn(timed_by, num_turns(self.repeats, variant), self.warmup)
             return timed, num_params(parent, 0, subblock, own[subblock][0]), sessions[1].kv_bytes()
 
         def sizes(count: int, kv_bytes: float = 0) -> Costs:

@@ -23,7 +23,7 @@ from puzzle_core.serving import hardware_name
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params
 from puzzle_core.targets import why_not
-from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, times_of
+from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, num_turns, times_of
 
 ITEMSIZE = 2  # of weights and KV cache: float16, llama.cpp's default
 
@@ -73,7 +73,7 @@ class LlamaCpp:
             def turns(subblock: str, variant: Variant) -> list[Turn]:
                 nothing = dict.fromkeys(SUBBLOCKS, NO_OP)
                 four = of_parent, server_of({subblock: variant}), alone[subblock], server_of({**nothing, subblock: variant})
-                return in_turn(four, self.repeats * (2 if variant == NO_OP else 1), self.warmup)
+                return in_turn(four, num_turns(self.repeats, variant), self.warmup)
 
             if base is None:
                 base = base_times(turns(ATTENTION, NO_OP), self.num_layers, changed)

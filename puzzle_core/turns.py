@@ -34,6 +34,11 @@ def check_counts(preset: object, **least: int) -> None:
             raise ValueError(f"hardware.{name} is {getattr(preset, name)}; expected at least {number}")
 
 
+def num_turns(repeats: int, variant: Variant) -> int:
+    """Twice as many of no_op: all others are measured against it."""
+    return repeats * (2 if variant == NO_OP else 1)
+
+
 def in_turn(timed: Sequence[Callable[[], dict[str, float]]], repeats: int, warmup: int) -> list[Turn]:
     """The times of each, `repeats` times over, after `warmup` turns that do not count."""
     turns = []
