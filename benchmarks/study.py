@@ -112,7 +112,7 @@ def libraries(study: Study, until: float) -> None:
 
     jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
     jobs = [(name, steps) for name, steps in jobs if needs_weights(study, name)]
-    jobs.append(("costs", {"costs": ["profile_hardware"]}))
+    jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # early: with the full library's scores most rows can be chosen
     for name, steps in jobs:
         study.bring_back(name, list(steps)[-1])
     ended = shared(jobs, lambda job, device: stages(*job, device))
@@ -137,10 +137,11 @@ def in_processes(step: str, study: Study, turn: Turn) -> None:
 @contextlib.contextmanager
 def noted(study: Study, command: list[str]) -> Iterator[None]:
     """Write down how long a command took on how many GPUs: results/commands/."""
-    start, number = time.time(), len(list((study.results / "commands").glob("*.json"))) + 1
+    start = time.time()
     try:
         yield
     finally:
+        number = len(list((study.results / "commands").glob("*.json"))) + 1
         gpus = len(devices()) if devices() != [None] else 0
         words = shlex.join(["python", "-m", "benchmarks.study", *command])
         write_json(study.file("commands", f"{number:03}"), {"command": words, "seconds": time.time() - start, "gpus": gpus})

@@ -82,7 +82,8 @@ def rows_of(asked: Asked) -> list[Row]:
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
         rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
     rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
-    more = [(speedup, seed) for seed in range(1, asked.seeds) for speedup in asked.speedups]
+    speedups = sorted(asked.speedups, key=lambda speedup: speedup != at)
+    more = [(speedup, seed) for speedup in speedups for seed in range(1, asked.seeds)]
     return rows + [Row(f"mip-{speedup:g}-{seed}", "mip", rows[0].title, speedup, seed=seed) for speedup, seed in more]
 
 

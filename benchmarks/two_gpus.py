@@ -128,14 +128,11 @@ def worker(options: argparse.Namespace) -> None:
             emptied(device)
 
 
-def difference(folder: Path, name: str, part: str, world_size: int) -> dict | None:
+def difference(part: str, one: pd.DataFrame, several: pd.DataFrame) -> dict:
     """Where the table of several processes differs most from that of one: the row, both values, and the share of the one's."""
-    columns = {"bld": ["loss_before", "loss_after"], "score": ["value"]}.get(part)
-    if columns is None:
-        return None
-    one, several = (pd.read_parquet(folder / f"{name}-{part}-{n}.parquet") for n in (1, world_size))
+    columns = {"bld": ["loss_before", "loss_after"], "score": ["value"]}[part]
     keys = [column for column in ("layer", "subblock", "variant", "metric") if column in one]
-    assert one[keys].equals(several[keys]), f"{name}: the rows of {part} differ"
+    assert one[keys].equals(several[keys]), f"the rows of {part} differ"
     share = ((one[columns] - several[columns]).abs() / one[columns].abs().clip(lower=1e-6)).max(axis=1)
     row = share.idxmax()
     values = {"one": one.loc[row, columns].tolist(), "several": several.loc[row, columns].tolist()}
@@ -186,7 +183,9 @@ def read_all(folder: Path, figures: dict, world_size: int, begun: float) -> bool
         alone = figures.get(f"{name}-{part}-1", {})
         if world_size > 1 and "seconds" in alone:
             found |= {"times_one": alone["seconds"] / found["seconds"], "minimum": MINIMA[part]}
-            found["largest_difference"] = difference(folder, name, part, world_size)
+            if part != "gkd":
+                both = (pd.read_parquet(folder / f"{name}-{part}-{number}.parquet") for number in (1, world_size))
+                found["largest_difference"] = difference(part, *both)
         print(f"{time.perf_counter() - begun:6.1f} s  {path.stem}: {found}", flush=True)
     return bool(new)
 
