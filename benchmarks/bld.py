@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(", ".join(f"{key} {value:,.4g}" for key, value in figures.items() if isinstance(value, (int, float))), flush=True)
         for kernel in figures.get("kernels_of_a_layer", []):
             print("          {ms:8.3f} ms {share:5.1%} {calls:5.0f} x  {kernel}".format(**kernel), flush=True)
-        write_results(options.result, results, device)
+        write_results("bld", results, device, options.result)
 
     def ours(name: str, parent: Parent, space: dict, settings: bld.Settings) -> float:
         """Measure our step, uncompiled or compiled; seconds."""

@@ -173,7 +173,7 @@ def main() -> None:
         scenario = Scenario.parse(given.workload or workload)
         found.append(compare(name, device, scenario, given.space or space, backend, requests))
         if given.out != "none":  # after each, so that a run cut short leaves what it has
-            write_results("costs", found, device, suffix="_gpu" if device.type == "cuda" else "_cpu")
+            write_results("costs", found, device, "costs_gpu" if device.type == "cuda" else "costs_cpu")
             write_table()
 
 

@@ -99,12 +99,12 @@ def bytes_per_s(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
-def write_results(name: str, figures: object, device: torch.device, suffix: str = "") -> Path:
-    """docs/results/NAME[SUFFIX].json: machine, versions, command, figures."""
+def write_results(name: str, figures: object, device: torch.device, result: str | None = None) -> Path:
+    """docs/results/RESULT.json, or NAME.json, of benchmarks/NAME.py: machine, versions, command, figures."""
     content = {
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": hardware_name(device),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers")}},
         "figures": figures,
     }
-    return save_result(name + suffix, content)
+    return save_result(result or name, content)

@@ -7,12 +7,16 @@
       "+evaluation.tasks.lambada={path:data/questions/lambada_openai.jsonl,num_questions:1500}"
       "+evaluation.tasks.piqa={path:data/questions/piqa.jsonl,delimiter:'Answer: ',metric:acc_norm}"
       "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}")
-    python -m benchmarks.study libraries --out study --minutes 9 "${SETTINGS[@]}"   # the settings once; again until none is unfinished
-    python -m benchmarks.study choose --out study                           # the searches: no GPU, and no model
-    python -m benchmarks.study heal --out study --minutes 9 --per-gpu 2     # again until no row is missing
-    python -m benchmarks.study speeds --out study --minutes 9               # alone on the machine; needs no library
-    python -m benchmarks.study additivity --out study --minutes 9 --per-gpu 2
-    python -m benchmarks.study page --out study                             # docs/results/study.json and study.md, the README's headline
+    python -m benchmarks.study all --out study --minutes 25 "${SETTINGS[@]}"   # without settings again, until nothing is missing
+    python -m benchmarks.study page --out study                               # docs/results/study.json, study.md, README's headline
+
+`all` is these, which may be run one by one, each again until it says that nothing of its own is missing:
+
+    libraries     bld and score of each library that a row needs, and one table of costs, by the stages themselves
+    choose        the searches: no GPU, and no model
+    joint         the joint KL of the pool's architectures, of random ones and of the frontier's
+    speeds        of each chosen architecture, alone on a GPU; needs no library
+    heal          GKD of each distinct child, and its quality before and after
 
 Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), `--per-gpu` processes on each: while one compiles, tokenises or
 asks questions, another trains. Speeds are therefore measured apart. With `--minutes` nothing is begun that will not end in time, as
@@ -32,20 +36,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from benchmarks import study_page
-from benchmarks.study_children import Turn, additivity, heal, needs_weights, speeds
+from benchmarks.study_children import Turn, heal, joint, needs_weights, speeds
 from benchmarks.study_rows import LIBRARIES, Study
 from puzzle_core.config import ROOT, fill
 from puzzle_core.evaluation import Settings
 from puzzle_core.files import write_json
 
 PYTHON = sys.executable
-WORK = {"heal": heal, "speeds": speeds, "additivity": additivity}  # what GPUs share
+WORK = {"joint": joint, "speeds": speeds, "heal": heal}  # what GPUs share
+STEPS = ("libraries", "choose", *WORK)  # in this order: each needs what those before it have found out
 Device = str | None  # of CUDA_VISIBLE_DEVICES; None: there is none
 
 
@@ -97,7 +103,7 @@ def shared(jobs: list, work: Callable[[object, Device], object]) -> list:
 
 
 def libraries(study: Study, until: float) -> None:
-    """The libraries that are still needed with their scores, and one table of costs, by the stages themselves."""
+    """The libraries that are still needed with their scores, and one table of costs."""
 
     def stages(name: str, steps: dict[str, list[str]], device: Device) -> bool:
         folder = study.folder / name
@@ -134,6 +140,16 @@ def in_processes(step: str, study: Study, turn: Turn) -> None:
         print(f"{step}: stopped before its end; what was under way is lost")
 
 
+def take(step: str, study: Study, turn: Turn) -> None:
+    """One step, as far as there is time for it."""
+    if step == "libraries":
+        libraries(study, turn.until)
+    elif step == "choose":
+        study.choose(turn.until)
+    else:
+        in_processes(step, study, replace(turn, per_gpu=1) if step == "speeds" else turn)
+
+
 @contextlib.contextmanager
 def noted(study: Study, command: list[str]) -> Iterator[None]:
     """Write down how long a command took on how many GPUs: results/commands/."""
@@ -149,10 +165,10 @@ def noted(study: Study, command: list[str]) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["libraries", "choose", *WORK, "page"])
+    parser.add_argument("step", choices=["all", *STEPS, "page"])
     parser.add_argument("--out", type=Path, required=True, help="the study's folder")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing is begun, and what runs is ended")
-    parser.add_argument("--per-gpu", type=int, default=1, help="processes on each GPU, of heal and additivity; default 1")
+    parser.add_argument("--per-gpu", type=int, default=1, help="processes on each GPU, of joint and heal; default 1")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # one of them, until then
     fixed = parser.add_argument_group("fixed by the study's first command")
     for name, kind, meaning in (
@@ -161,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         ("seeds", int, "of GKD, of the MIP's rows; default 3"),
         ("pool", int, "solutions; default 16"),
         ("ablation-tokens", int, "of GKD in the rows that compare its losses; default 4,194,304"),
-        ("random", int, "architectures for additivity; default 100"),
-        ("frontier", int, "architectures of the frontier, for additivity; default 20"),
+        ("random", int, "random architectures of joint; default 100"),
+        ("frontier", int, "architectures of the frontier, of joint; default 20"),
     ):
         fixed.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=meaning)
     fixed.add_argument("overrides", nargs="*", help="as the stages take them")
@@ -181,12 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"page: {study_page.write(study)}")
     else:
         with noted(study, sys.argv[1:] if arguments is None else arguments):
-            if step == "libraries":
-                libraries(study, turn.until)
-            elif step == "choose":
-                study.choose(turn.until)
-            else:
-                in_processes(step, study, turn)
+            for part in STEPS if step == "all" else [step]:
+                take(part, study, turn)
         missing = study_page.missing(study)
         print(f"{step}: missing of " + "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in missing.items()))
 

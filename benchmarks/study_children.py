@@ -94,8 +94,7 @@ class Bench:
         return self.answers(self.parent.model)
 
     def weights_of(self, library: str):
-        table = tables.read("library", self.study.results / "tables" / library / "library.parquet")
-        return tables.variant_files(table, self.study.folder / library / "blocks")
+        return tables.variant_files(self.study.table(library, "library"), self.study.folder / library / "blocks")
 
     def joint_kls(self, library: str, architectures: list[Architecture]) -> list[float]:
         batches = self.pool_text.batches(self.corpus, self.text)
@@ -168,7 +167,23 @@ def architecture_of(study: Study, row: Row) -> Architecture | None:
 def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
     """The name of what becomes of the row's child: the same for rows that differ in nothing that determines it."""
     settings = gkd_json(study, row)
-    return fingerprint(row.library, architecture.to_json(), settings, row.seed if settings else None)
+    return fingerprint(origins(study, row.library, architecture), architecture.to_json(), settings, row.seed if settings else None)
+
+
+def origins(study: Study, library: str, architecture: Architecture) -> list[str]:
+    """What determines the weights of each variant: how it was initialised, and the library where BLD has changed them since."""
+    table = study.table(library, "library").set_index(["layer", "subblock", "variant"])[["init", "outcome"]]
+    known = {key: init if outcome in ("untrained", "rolled back") else f"{init}, {library}" for key, init, outcome in table.itertuples()}
+    return [known[layer, subblock, str(variant)] for layer, subblock, variant in architecture.rows()]
+
+
+def distinct(study: Study) -> list[Row]:
+    """The rows without those whose child is an earlier one's, as far as is known."""
+    rows = {}
+    for row in study.rows:
+        architecture = architecture_of(study, row)
+        rows.setdefault(row.name if architecture is None else healing_of(study, row, architecture), row)
+    return list(rows.values())
 
 
 def speed_of(architecture: Architecture) -> str:
@@ -185,18 +200,16 @@ def needs_weights(study: Study, library: str) -> bool:
         return healed or chosen is not None and not chosen["pool"]
 
     groups = groups_of(study.asked) if library == "full" else {}
-    rows_left = any(row.library == library and not settled(row) for row in study.rows)
+    rows_left = any(row.library == library and not settled(row) for row in distinct(study))
     return rows_left or not all(study.file("additivity", group).exists() for group in groups)
 
 
 def heal(study: Study, turn: Turn) -> None:
     """Heal and measure the rows that no other process has in hand, as many as there is time for."""
     bench = lru_cache(lambda: Bench(study))  # a process that finds nothing to do loads nothing
-    for row in (row for row in study.rows if study.has_weights(row.library)):
-        if needs_measuring(study, row):
-            once(study, turn, "pools", row.name, [], lambda: bench().pool(row))
+    for row in distinct(study):
         architecture = architecture_of(study, row)
-        if architecture is not None:  # where another process measures the pool, that one heals the best of it
+        if architecture is not None and study.has_weights(row.library):
             name, known_s = healing_of(study, row, architecture), row_seconds(study, row, turn.per_gpu)
             once(study, turn, "healed", name, known_s, lambda: {"row": row.name, **bench().heal(row, architecture, turn.per_gpu)})
 
@@ -239,8 +252,8 @@ def speeds(study: Study, turn: Turn) -> None:
         once(study, turn, "speeds", speed_of(architecture), known_s, lambda: timed(architecture))
 
 
-def additivity(study: Study, turn: Turn) -> None:
-    """Random architectures at each speed-up, and the frontier's: the sum of scores and the joint KL of each."""
+def joint(study: Study, turn: Turn) -> None:
+    """The joint KL of the pool's architectures, and, beside the sum of scores, of random ones at each speed-up and the frontier's."""
     bench = lru_cache(lambda: Bench(study))
     problem, groups = study.problem("full", "kl"), groups_of(study.asked)
 
@@ -258,6 +271,9 @@ def additivity(study: Study, turn: Turn) -> None:
         ]
         return {"rows": rows}
 
+    for row in study.rows:
+        if needs_measuring(study, row) and study.has_weights(row.library):
+            once(study, turn, "pools", row.name, [], lambda: bench().pool(row))
     for number, (name, speedup) in enumerate(groups.items()):
         if not study.file("additivity", name).exists() and not study.has_weights("full"):
             raise FileNotFoundError(f"{study.folder}/full/ has no library: `python -m benchmarks.study libraries` makes it")

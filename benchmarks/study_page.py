@@ -1,13 +1,14 @@
 """The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
 import statistics
+from math import isnan
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, gkd_json, healing_of, speed_of
+from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, speed_of
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
-from puzzle_core import gkd, tables
+from puzzle_core import gkd
 from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
 from puzzle_core.realised import agreement
@@ -66,7 +67,8 @@ def missing(study: Study) -> dict[str, list[str]]:
     return {
         "heal": [row["name"] for row in of_rows if "missing" in row],
         "speeds": [row["name"] for row in of_rows if row.get("timed") is None],
-        "additivity": [name for name in groups_of(study.asked) if not study.file("additivity", name).exists()],
+        "joint": [row.name for row in study.rows if needs_measuring(study, row)]
+        + [name for name in groups_of(study.asked) if not study.file("additivity", name).exists()],
     }
 
 
@@ -93,13 +95,17 @@ def row_of(study: Study, row: Row) -> dict:
 
 
 def libraries(study: Study) -> list[dict]:
-    """Median KL score of each variant over the layers, in each library that is there."""
-    medians = {}
+    """Of each variant, median over the layers: its KL score in each library that is there, and the time that it takes."""
+    kept, medians = study.results / "tables", {}
     for name in LIBRARIES:
-        path = study.results / "tables" / name / "scores.parquet"
-        if path.exists():
-            scores = tables.read("scores", path).query("metric == 'kl' and variant != 'parent'")
+        if (kept / name / "scores.parquet").exists():
+            scores = study.table(name, "scores").query("metric == 'kl' and variant != 'parent'")
             medians[name] = scores.groupby(["subblock", "variant"])["value"].median()
+    if medians and (kept / "costs" / "costs.parquet").exists():
+        costs = study.table("costs", "costs")
+        for metric in ("prefill_ms", "decode_ms"):
+            times = costs[costs["metric"] == metric].groupby(["subblock", "variant"])["value"].median()
+            medians[metric] = times[times.index.get_level_values("subblock") != "outside"]
     return pd.DataFrame(medians).reset_index().to_dict("records") if medians else []
 
 
@@ -255,9 +261,11 @@ def accuracies(rows: list[dict], parent: dict | None) -> list[str]:
 def library_lines(medians: list[dict]) -> list[str]:
     if not medians:
         return []
-    names = [name for name in LIBRARIES if name in medians[0]]
-    lines = [[f"{row['subblock']} {row['variant']}", *(f"{row[name]:.4f}" for name in names)] for row in medians]
-    return ["## Libraries: median KL score over the layers", "", *table(["variant", *names], lines)]
+    forms = {**{name: "{:.4f}" for name in LIBRARIES}, "prefill_ms": "{:.3f}", "decode_ms": "{:.4f}"}
+    names = [name for name in forms if name in medians[0]]
+    known = [[f"{row['subblock']} {row['variant']}", *("" if isnan(row[n]) else forms[n].format(row[n]) for n in names)] for row in medians]
+    text = "KL scores in each library, and milliseconds of a prefill and of a decode step of the workload: medians over the layers."
+    return ["## Variants", "", text, "", *table(["variant", *names], known)]
 
 
 def additivity_lines(groups: dict[str, dict], asked: dict) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import DictConfig
 
 from puzzle_core import rivals, search, tables
@@ -148,11 +149,13 @@ class Study:
             there.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(kept, there)
 
+    def table(self, library: str, name: str) -> pd.DataFrame:
+        """The table `name` of `library`, or of `costs`."""
+        return tables.read(name, self.results / "tables" / library / f"{name}.parquet")
+
     def problem(self, library: str, metric: str) -> Problem:
-        kept = self.results / "tables"
-        scores, costs = tables.read("scores", kept / library / "scores.parquet"), tables.read("costs", kept / "costs" / "costs.parquet")
-        scores = expressible(scores, self.cfg.search.export_target)
-        return Problem.from_tables(scores, costs, metric, str(fill(Workload, self.cfg.workload).scenario))
+        scores = expressible(self.table(library, "scores"), self.cfg.search.export_target)
+        return Problem.from_tables(scores, self.table("costs", "costs"), metric, str(fill(Workload, self.cfg.workload).scenario))
 
     def limits(self, speedup: float | None) -> dict[str, object]:
         return {**plain(self.cfg.constraints), "speedup": speedup}

@@ -70,6 +70,8 @@ def library_and_scores(name: str, options: argparse.Namespace, mine: ranks.Ranks
         emptied(device)
         took_s, (library, _) = seconds(mine, device, lambda: bld.train_library(parent, jobs, corpus, settings, 0, blocks, mine))
     yield "bld", library, {"seconds": took_s, "layers": len(parent.layers), "peak_gib": peak_gib(device)}
+    if "score" not in options.parts.split(","):
+        return
     metrics, at_once = ["kl", "cosine_distance"], 8 if on_gpu else 1
     how = scoring.Settings(2 * tokens, options.seq_len, options.batch_size, metrics, None, at_once, min(4096, tokens), None, on_gpu)
     none = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> dict:
     on_gpu, begun = pick_device().type == "cuda", time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parents", default="llama-3.2-1b,llama-3.1-8b" if on_gpu else "pico", help="geometries of benchmarks/machine.py")
-    parser.add_argument("--parts", default="bld,score,gkd")
+    parser.add_argument("--parts", default="bld,score,gkd", help="score makes the library that it scores: bld with it")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step of BLD and a batch of scoring")
@@ -151,6 +153,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--layers", default="8", help="of each parent in BLD and scoring, or of all; 0: all")
     parser.add_argument("--gkd-batch-size", type=int, default=8, help="sequences a step, of all processes")
     parser.add_argument("--gkd-steps", type=int, default=6, help="that are timed")
+    parser.add_argument("--result", default="two_gpus", help="the file in docs/results/")
     parser.add_argument("--folder", help="where processes leave what they found; made by the first")
     options = parser.parse_args(arguments)
     if is_launched():
@@ -166,11 +169,11 @@ def main(arguments: list[str] | None = None) -> dict:
             while running:
                 running = process.poll() is None
                 if read_all(Path(folder), results["figures"], world_size, begun):
-                    write_results("two_gpus", results, pick_device())
+                    write_results("two_gpus", results, pick_device(), options.result)
                 time.sleep(0.5)
             if process.returncode:
-                raise SystemExit(f"{world_size} processes failed; what was measured before is in docs/results/two_gpus.json")
-    print("written: docs/results/two_gpus.json")
+                raise SystemExit(f"{world_size} processes failed; what was measured before is in docs/results/{options.result}.json")
+    print(f"written: docs/results/{options.result}.json")
     return results
 
 

@@ -57,14 +57,15 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     step(results, "heal", "--minutes", "0")
     assert not list(results.glob("healed/*"))
     step(results, "heal")
-    assert "heal: unrefitted; speeds: mip-1.2-0, " in capsys.readouterr().out
+    assert "heal: unrefitted, pool; speeds: mip-1.2-0, " in capsys.readouterr().out
+    step(results, "joint")
     step(results, "speeds")
+    step(results, "heal")
     first = list(results.glob("healed/*"))
-    step(results, "additivity")
     shutil.rmtree(results.parent / "full")
     step(results, "libraries")
     assert not (results.parent / "full").exists()  # nothing that is left to do needs it
-    assert "missing of heal: unrefitted; speeds: unrefitted; additivity: nothing" in capsys.readouterr().out
+    assert "missing of heal: unrefitted; speeds: unrefitted; joint: nothing" in capsys.readouterr().out
     step(results, "page")
     written = json.loads((tmp_path / "docs/results/study.json").read_text())
     rows = {row["name"]: row for row in written["rows"]}
@@ -95,11 +96,11 @@ def test_two_workers_on_a_device_go_on_where_killed_ones_stopped(results, capfd)
     assert not [*results.glob("healed/*.json"), *results.glob("speeds/*.json")]
     step(results, "heal", "--per-gpu", "2")
     out = capfd.readouterr().out
-    assert "missing of heal: unrefitted; speeds: mip-1.2-0" in out
+    assert "missing of heal: unrefitted, pool; speeds: mip-1.2-0" in out
     healed = [json.loads(file.read_text()) for file in results.glob("healed/*.json")]
     assert len(healed) == out.count("healed ") and {one["per_gpu"] for one in healed} == {2}  # each by one of them
-    step(results, "speeds", "--minutes", "5")
-    assert "speeds: unrefitted; additivity: " in capfd.readouterr().out
+    step(results, "all", "--minutes", "5")
+    assert "heal: unrefitted; speeds: unrefitted; joint: nothing" in capfd.readouterr().out
 
 
 def test_a_row_is_begun_only_where_it_can_end(monkeypatch):
