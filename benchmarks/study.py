@@ -9,10 +9,10 @@
       "+evaluation.tasks.lambada={path:data/questions/lambada_openai.jsonl,num_questions:1500}"
       "+evaluation.tasks.piqa={path:data/questions/piqa.jsonl,delimiter:'Answer: ',metric:acc_norm}"
       "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}")
-    python -m benchmarks.study all --out study --minutes 25 "${SETTINGS[@]}"   # without settings again, until nothing is missing
+    python -m benchmarks.study all --out study --minutes 25 "${SETTINGS[@]}"   # without settings again, while anything can be done
     python -m benchmarks.study page --out study                               # docs/results/study.json, study.md, README's headline
 
-`all` is these, which may be run one by one, each again until it says that nothing of its own is missing:
+`all` is these, which may be run one by one; each says what is not known yet:
 
     libraries     bld and score of each library that a row needs, and one table of costs, by the stages themselves
     choose        the searches: no GPU, and no model
@@ -22,9 +22,9 @@
 
 Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), `--per-gpu` processes on each: while one compiles, tokenises or
 asks questions, another trains. Speeds are therefore measured apart. With `--minutes` nothing is begun that will not end in time, as
-far as is known, and what still runs then is ended; the same command goes on: a row that was ended begins anew, a library goes on from
-its last checkpoint. All that is known is in small files under OUT/results/, the libraries' weights beside it. Carried to another machine
-and put there, `libraries` makes those weights again that a row still needs, and keeps scores and costs.
+far as is known, and what still runs then is ended (a search by its own limit); the same command goes on: a row that was ended begins
+anew, a library goes on from its last checkpoint. All that is known is in small files under OUT/results/, the libraries' weights beside
+it. Carried to another machine and put there, `libraries` makes those weights again that a row still needs, and keeps scores and costs.
 """
 import argparse
 import contextlib
@@ -53,7 +53,7 @@ from puzzle_core.files import write_json
 
 PYTHON = sys.executable
 WORK = {"joint": joint, "speeds": speeds, "heal": heal}  # what GPUs share
-STEPS = ("libraries", "choose", *WORK)  # in this order: each needs what those before it have found out
+STEPS = ("libraries", "choose", *WORK)  # in this order: of those that need another's results, each comes after it
 Device = str | None  # of CUDA_VISIBLE_DEVICES; None: there is none
 
 
@@ -120,7 +120,7 @@ def libraries(study: Study, until: float) -> None:
 
     jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
     jobs = [(name, steps) for name, steps in jobs if needs_weights(study, name)]
-    jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # early: with the full library's scores most rows can be chosen
+    jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # beside it: by both most rows can be chosen
     for name, steps in jobs:
         study.bring_back(name, list(steps)[-1])
     ended = shared(jobs, lambda job, device: stages(*job, device))
@@ -142,7 +142,7 @@ def in_processes(step: str, study: Study, turn: Turn) -> None:
         print(f"{step}: stopped before its end; what was under way is lost")
 
 
-def take(step: str, study: Study, turn: Turn) -> None:
+def do(step: str, study: Study, turn: Turn) -> None:
     """One step, as far as there is time for it."""
     if step == "libraries":
         libraries(study, turn.until)
@@ -200,7 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         with noted(study, sys.argv[1:] if arguments is None else arguments):
             for part in STEPS if step == "all" else [step]:
-                take(part, study, turn)
+                if step != "all" or time.time() < turn.until:
+                    do(part, study, turn)
         missing = study_page.missing(study)
         print(f"{step}: missing of " + "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in missing.items()))
 

@@ -171,9 +171,12 @@ def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
 
 
 def origins(study: Study, library: str, architecture: Architecture) -> list[str]:
-    """What determines the weights of each variant: how it was initialised, and the library where BLD has changed them since."""
+    """What determines the weights of each variant: how it was initialised, or the library where that is not all."""
     table = study.table(library, "library").set_index(["layer", "subblock", "variant"])[["init", "outcome"]]
-    known = {key: init if outcome in ("untrained", "rolled back") else f"{init}, {library}" for key, init, outcome in table.itertuples()}
+    known = {}
+    for key, init, outcome in table.itertuples():
+        of_library = outcome not in ("untrained", "rolled back") or init.startswith(("halves", "random"))  # trained halves; drawn anew
+        known[key] = library if of_library else init
     return [known[layer, subblock, str(variant)] for layer, subblock, variant in architecture.rows()]
 
 

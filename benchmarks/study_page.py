@@ -1,6 +1,5 @@
 """The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
 import statistics
-from math import isnan
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +11,7 @@ from puzzle_core import gkd
 from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
 from puzzle_core.realised import agreement
+from puzzle_core.spec import Workload
 
 HEADINGS = {
     "mip": "Puzzle at each speed-up",
@@ -95,18 +95,19 @@ def row_of(study: Study, row: Row) -> dict:
 
 
 def libraries(study: Study) -> list[dict]:
-    """Of each variant, median over the layers: its KL score in each library that is there, and the time that it takes."""
+    """Of each variant: its KL score in each library that is there, median over the layers, and the time that it takes."""
     kept, medians = study.results / "tables", {}
     for name in LIBRARIES:
         if (kept / name / "scores.parquet").exists():
             scores = study.table(name, "scores").query("metric == 'kl' and variant != 'parent'")
             medians[name] = scores.groupby(["subblock", "variant"])["value"].median()
     if medians and (kept / "costs" / "costs.parquet").exists():
-        costs = study.table("costs", "costs")
+        costs = study.table("costs", "costs").query("subblock != 'outside'")
+        costs = costs[costs["scenario"] == str(fill(Workload, study.cfg.workload).scenario)]
         for metric in ("prefill_ms", "decode_ms"):
-            times = costs[costs["metric"] == metric].groupby(["subblock", "variant"])["value"].median()
-            medians[metric] = times[times.index.get_level_values("subblock") != "outside"]
-    return pd.DataFrame(medians).reset_index().to_dict("records") if medians else []
+            medians[metric] = costs[costs["metric"] == metric].groupby(["subblock", "variant"])["value"].median()
+    records = pd.DataFrame(medians).reset_index().to_dict("records") if medians else []
+    return [{key: value for key, value in record.items() if pd.notna(value)} for record in records]
 
 
 def additivity(study: Study) -> dict[str, dict]:
@@ -262,9 +263,9 @@ def library_lines(medians: list[dict]) -> list[str]:
     if not medians:
         return []
     forms = {**{name: "{:.4f}" for name in LIBRARIES}, "prefill_ms": "{:.3f}", "decode_ms": "{:.4f}"}
-    names = [name for name in forms if name in medians[0]]
-    known = [[f"{row['subblock']} {row['variant']}", *("" if isnan(row[n]) else forms[n].format(row[n]) for n in names)] for row in medians]
-    text = "KL scores in each library, and milliseconds of a prefill and of a decode step of the workload: medians over the layers."
+    names = [name for name in forms if any(name in row for row in medians)]
+    known = [[f"{row['subblock']} {row['variant']}", *(forms[n].format(row[n]) if n in row else "" for n in names)] for row in medians]
+    text = "KL score in each library, median over the layers; where costs are known, milliseconds of a prefill and of a decode step."
     return ["## Variants", "", text, "", *table(["variant", *names], known)]
 
 

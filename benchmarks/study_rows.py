@@ -138,9 +138,12 @@ class Study:
         return [read_json(path) for path in sorted((self.results / kind).glob("*.json"))]
 
     def keep_tables(self, library: str) -> None:
+        """Beside what is known, unless it is there: weights that are made again are those of the first table, but for rounding."""
+        kept = self.results / "tables" / library
+        kept.mkdir(parents=True, exist_ok=True)
         for table in (self.folder / library).glob("*.parquet"):
-            (self.results / "tables" / library).mkdir(parents=True, exist_ok=True)
-            shutil.copy(table, self.results / "tables" / library)
+            if not (kept / table.name).exists():
+                shutil.copy(table, kept)
 
     def bring_back(self, library: str, name: str) -> None:
         """The table `name` of `library`, where an earlier machine has made it."""
@@ -177,12 +180,15 @@ class Study:
 
     def _chosen(self, row: Row) -> tuple[float, list[Architecture]]:
         """Seconds that it took, and the architectures, best first: several of a pool, none where nothing was found."""
-        if row.method not in ("mip", "pool"):
-            entry = next(entry for entry in self._rivals if entry.method == row.method)
-            return entry.seconds, [entry.architecture] if entry.architecture else []
-        start, size = time.perf_counter(), self.asked.pool if row.method == "pool" else 1
-        settings = fill(search.Settings, self.cfg.search, metric=row.metric, pool_size=size)
-        found = search.search(self.problem(row.library, row.metric), self.limits(row.speedup), settings)
+        start = time.perf_counter()
+        try:
+            if row.method not in ("mip", "pool"):
+                entry = next(entry for entry in self._rivals if entry.method == row.method)
+                return entry.seconds, [entry.architecture] if entry.architecture else []
+            settings = fill(search.Settings, self.cfg.search, metric=row.metric, pool_size=self.asked.pool if row.method == "pool" else 1)
+            found = search.search(self.problem(row.library, row.metric), self.limits(row.speedup), settings)
+        except search.InfeasibleError:
+            found = []
         return time.perf_counter() - start, [solution.architecture for solution in found]
 
     @functools.cached_property

@@ -134,8 +134,11 @@ def difference(part: str, one: pd.DataFrame, several: pd.DataFrame) -> dict:
     """Where the table of several processes differs most from that of one: the row, both values, and the share of the one's."""
     columns = {"bld": ["loss_before", "loss_after"], "score": ["value"]}[part]
     keys = [column for column in ("layer", "subblock", "variant", "metric") if column in one]
+    keys += [column for column in ("init", "outcome") if column in one]
     assert one[keys].equals(several[keys]), f"the rows of {part} differ"
     share = ((one[columns] - several[columns]).abs() / one[columns].abs().clip(lower=1e-6)).max(axis=1)
+    if not share.any():
+        return {"share": 0.0}
     row = share.idxmax()
     values = {"one": one.loc[row, columns].tolist(), "several": several.loc[row, columns].tolist()}
     return {"share": float(share[row]), **one.loc[row, keys].astype(str).to_dict(), **values}

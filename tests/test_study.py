@@ -3,12 +3,14 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ENVIRONMENT, EXCERPT, PICO, quick_starts
 
 from benchmarks import demo, study, study_children, study_rows
 from puzzle_core import evaluation
 from puzzle_core.config import ROOT
+from puzzle_core.spec import Architecture
 from puzzle_core.tasks import Answers
 
 ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm")
@@ -115,6 +117,27 @@ def test_rows_that_need_a_library_of_their_own_come_right_after_the_first():
     rows = study_rows.rows_of(study_rows.Asked())
     assert [row.library for row in rows[:3]] == ["full", "initialised", "unrefitted"]
     assert {row.library for row in rows[3:]} == {"full"} and rows[-1].seed == 2
+
+
+def test_children_are_the_same_where_bld_changed_no_variant_of_theirs(tmp_path, monkeypatch):
+    begun = study_rows.Study(tmp_path)
+    outcomes = {"full": ("untrained", "trained", "rolled back"), "initialised": ("untrained",) * 3}
+
+    def table(library, name):
+        rows = zip(("linear", "kv1", "kv2"), ("product+ridge0.1", "mean_pool", "mean_pool"), outcomes[library], strict=True)
+        rows = [(0, "attention", *row) for row in rows] + [(0, "ffn", "parent", "parent", "untrained")]
+        rows.append((0, "block", "linear+no_op", "halves", "rolled back"))
+        return pd.DataFrame(rows, columns=["layer", "subblock", "variant", "init", "outcome"])
+
+    monkeypatch.setattr(begun, "table", table)
+
+    def same(layer: dict[str, str]) -> bool:
+        architecture = Architecture.from_json([layer])
+        return study_children.origins(begun, "full", architecture) == study_children.origins(begun, "initialised", architecture)
+
+    assert same({"attention": "linear", "ffn": "parent"}) and same({"attention": "kv2", "ffn": "parent"})
+    assert not same({"attention": "kv1", "ffn": "parent"})
+    assert not same({"block": "linear+no_op"})  # its halves were trained in one of them
 
 
 def test_questions_that_cannot_be_asked_are_an_error_before_anything_is_begun(tmp_path, monkeypatch, capsys):
