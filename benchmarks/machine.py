@@ -99,6 +99,11 @@ def bytes_per_s(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
+def in_folder(folder: Path) -> list[str]:
+    """Overrides with which a stage reads and writes all in `folder`."""
+    return [f"data='{folder}'", f"out='{folder}'", f"hydra.run.dir='{folder}/hydra'"]
+
+
 def write_results(name: str, figures: object, device: torch.device, result: str | None = None) -> Path:
     """docs/results/RESULT.json, or NAME.json, of benchmarks/NAME.py: machine, versions, command, figures."""
     content = {

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.demo import ROOT
-from benchmarks.machine import write_results
+from benchmarks.machine import in_folder, write_results
 from benchmarks.two_gpus import difference
 from puzzle_core import tables
 from puzzle_core.parents import pick_device
@@ -25,11 +25,10 @@ STAGES = {"bld": "library", "score": "scores"}
 
 def made_by(processes: int, folder: Path, overrides: list[str]) -> dict[str, float]:
     """The tables in `folder`; how many seconds each stage took."""
-    where = [f"data='{folder}'", f"out='{folder}'", f"hydra.run.dir='{folder}/hydra'", f"launcher.processes={processes}"]
-    seconds = {}
+    overrides, seconds = [*overrides, *in_folder(folder), f"launcher.processes={processes}"], {}
     for stage in STAGES:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", f"stages.{stage}", *overrides, *where], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", f"stages.{stage}", *overrides], cwd=ROOT, check=True)
         seconds[stage] = time.perf_counter() - start
     return seconds
 

@@ -45,6 +45,7 @@ import torch
 from omegaconf import DictConfig
 
 from benchmarks import study_page
+from benchmarks.machine import in_folder
 from benchmarks.study_children import Turn, heal, joint, needs_weights, speeds
 from benchmarks.study_rows import LIBRARIES, Study
 from puzzle_core.config import ROOT, fill
@@ -112,15 +113,15 @@ def libraries(study: Study, until: float) -> None:
         for table, (stage, *more) in steps.items():
             if (folder / f"{table}.parquet").exists():
                 continue
-            where = [f"data='{folder}'", f"out='{folder}'", f"hydra.run.dir='{folder}/hydra'"]
-            if time.time() > until or not run([PYTHON, "-m", f"stages.{stage}", *study.asked.overrides, *more, *where], device, until):
+            command = [PYTHON, "-m", f"stages.{stage}", *study.asked.overrides, *more, *in_folder(folder)]
+            if time.time() > until or not run(command, device, until):
                 return False
             study.keep_tables(name)
         return True
 
     jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
     jobs = [(name, steps) for name, steps in jobs if needs_weights(study, name)]
-    jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # beside it: by both most rows can be chosen
+    jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # beside the first: by those two most rows can be chosen
     for name, steps in jobs:
         study.bring_back(name, list(steps)[-1])
     ended = shared(jobs, lambda job, device: stages(*job, device))

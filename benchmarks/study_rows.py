@@ -153,8 +153,8 @@ class Study:
             shutil.copy(kept, there)
 
     def table(self, library: str, name: str) -> pd.DataFrame:
-        """The table `name` of `library`, or of `costs`."""
-        return tables.read(name, self.results / "tables" / library / f"{name}.parquet")
+        """The table `name` of `library`, or of `costs`; not to be changed."""
+        return _read(name, self.results / "tables" / library / f"{name}.parquet")
 
     def problem(self, library: str, metric: str) -> Problem:
         scores = expressible(self.table(library, "scores"), self.cfg.search.export_target)
@@ -196,6 +196,12 @@ class Study:
         problem = self.problem("full", "kl")
         limits = constraints_from(self.limits(self.asked.compared_at), problem)
         return rivals.compete(problem, limits, fill(rivals.Settings, self.cfg.rivals))
+
+
+@functools.cache
+def _read(name: str, path: Path) -> pd.DataFrame:
+    """A kept table: once there it stays as it is, and every row of the study asks for it."""
+    return tables.read(name, path)
 
 
 def _predicted(problem: Problem, architecture: Architecture) -> dict:
