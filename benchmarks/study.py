@@ -16,15 +16,16 @@
 
     libraries     bld and score of each library that a row needs, and one table of costs, by the stages themselves
     choose        the searches: no GPU, and no model
+    parent        what the parent answers to evaluation.tasks; needs no library
     joint         the joint KL of the pool's architectures, of random ones and of the frontier's
     speeds        of each chosen architecture, alone on a GPU; needs no library
-    heal          GKD of each distinct child, and its quality before and after
+    heal          GKD of each distinct child, and its quality before and after; before all others at each of --rates
 
 Work is divided over the GPUs that are there (CUDA_VISIBLE_DEVICES), `--per-gpu` processes on each: while one compiles, tokenises or
 asks questions, another trains. Speeds are therefore measured apart. With `--minutes` nothing is begun that will not end in time, as
 far as is known, and what still runs then is ended (a search by its own limit); the same command goes on: a row that was ended begins
 anew, a library goes on from its last checkpoint. All that is known is in small files under OUT/results/, the libraries' weights beside
-it. Carried to another machine and put there, `libraries` makes those weights again that a row still needs, and keeps scores and costs.
+it. Carried to another machine and put there, `libraries` keeps scores and costs and makes those weights again that are still needed.
 """
 import argparse
 import contextlib
@@ -46,14 +47,14 @@ from omegaconf import DictConfig
 
 from benchmarks import study_page
 from benchmarks.machine import in_folder
-from benchmarks.study_children import Turn, heal, joint, needs_weights, speeds
+from benchmarks.study_children import Turn, architectures_left, heal, joint, parent, space_of, speeds
 from benchmarks.study_rows import LIBRARIES, Study
 from puzzle_core.config import ROOT, fill
 from puzzle_core.evaluation import Settings
 from puzzle_core.files import write_json
 
 PYTHON = sys.executable
-WORK = {"joint": joint, "speeds": speeds, "heal": heal}  # what GPUs share
+WORK = {"parent": parent, "joint": joint, "speeds": speeds, "heal": heal}  # what GPUs share
 STEPS = ("libraries", "choose", *WORK)  # in this order: of those that need another's results, each comes after it
 Device = str | None  # of CUDA_VISIBLE_DEVICES; None: there is none
 
@@ -106,10 +107,22 @@ def shared(jobs: list, work: Callable[[object, Device], object]) -> list:
 
 
 def libraries(study: Study, until: float) -> None:
-    """The libraries that are still needed with their scores, and one table of costs."""
+    """The libraries that are still needed with their scores, and one table of costs.
+
+    Where an earlier machine's tables say what is chosen, of a library only those variants that rows without a healed child need.
+    """
+    choosing = threading.Lock()
 
     def stages(name: str, steps: dict[str, list[str]], device: Device) -> bool:
         folder = study.folder / name
+        if name in LIBRARIES:
+            with choosing:
+                study.choose(until)
+                left = architectures_left(study, name)
+            if left == []:
+                return True
+            steps["library"] += space_of(study, left)
+        study.bring_back(name, list(steps)[-1])
         for table, (stage, *more) in steps.items():
             if (folder / f"{table}.parquet").exists():
                 continue
@@ -120,10 +133,7 @@ def libraries(study: Study, until: float) -> None:
         return True
 
     jobs = [(name, {"library": ["bld", *overrides], "scores": ["score"]}) for name, overrides in LIBRARIES.items()]
-    jobs = [(name, steps) for name, steps in jobs if needs_weights(study, name)]
     jobs.insert(1, ("costs", {"costs": ["profile_hardware"]}))  # beside the first: by those two most rows can be chosen
-    for name, steps in jobs:
-        study.bring_back(name, list(steps)[-1])
     ended = shared(jobs, lambda job, device: stages(*job, device))
     unfinished = [name for (name, _), whole in zip(jobs, ended, strict=True) if not whole]
     print(f"libraries: unfinished are {', '.join(unfinished)}: run the command again" if unfinished else "libraries: all needed are there")
@@ -180,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("seeds", int, "of GKD, of the MIP's rows; default 3"),
         ("pool", int, "solutions; default 16"),
         ("ablation-tokens", int, "of GKD in the rows that compare its losses; default 4,194,304"),
+        ("rates", _numbers, "learning rates of GKD to compare on so many tokens; all other rows take the best; default that of gkd.lr"),
         ("random", int, "random architectures of joint; default 100"),
         ("frontier", int, "architectures of the frontier, of joint; default 20"),
     ):

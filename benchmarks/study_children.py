@@ -3,6 +3,7 @@ import collections
 import contextlib
 import gc
 import importlib.metadata
+import json
 import math
 import platform
 import tempfile
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -24,7 +26,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.files import fingerprint, lock, write_json
 from puzzle_core.parents import Parent, load_parent, pick_device
 from puzzle_core.serving import hardware_name, side_by_side
-from puzzle_core.spec import Architecture, Workload
+from puzzle_core.spec import SUBBLOCKS, Architecture, Workload
 from puzzle_core.tasks import Answers, Exam
 
 
@@ -91,10 +93,14 @@ class Bench:
 
     @cached_property
     def of_parent(self) -> dict[str, Answers]:
-        return self.answers(self.parent.model)
+        kept = self.study.read("parent", "answers")
+        if kept is None:
+            return self.answers(self.parent.model)
+        return {name: Answers(np.array(one["right"]), one["chance"]) for name, one in kept["tasks"].items()}
 
     def weights_of(self, library: str):
-        return tables.variant_files(self.study.table(library, "library"), self.study.folder / library / "blocks")
+        folder = self.study.folder / library  # with the table that was written beside the weights, of which some may not be needed
+        return tables.variant_files(tables.read("library", folder / "library.parquet"), folder / "blocks")
 
     def joint_kls(self, library: str, architectures: list[Architecture]) -> list[float]:
         batches = self.pool_text.batches(self.corpus, self.text)
@@ -140,13 +146,31 @@ def gkd_json(study: Study, row: Row) -> dict | None:
 def gkd_settings(study: Study, row: Row) -> gkd.Settings | None:
     """How the row's child is healed; None: not at all. No checkpoints: a row that was killed begins anew, and its last state counts."""
     settings = replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None)
+    shorter = replace(settings, train_tokens=study.asked.ablation_tokens, phases=[])
+    if row.rate is not None:
+        return replace(shorter, lr=row.rate)
+    lr = rate_of(study) or settings.lr
     if row.losses is None:
-        return settings
+        return replace(settings, lr=lr)
     if row.losses == LOSSES["none"]:
         return None
     lm, cosine, kl = row.losses
-    tokens = study.asked.ablation_tokens
-    return replace(settings, lm_weight=lm, cosine_weight=cosine, kl_weight=kl, train_tokens=tokens, phases=[])
+    return replace(shorter, lr=lr, lm_weight=lm, cosine_weight=cosine, kl_weight=kl)
+
+
+def rates_left(study: Study) -> list[Row]:
+    """The rows of learning rates that are not known yet."""
+    return [row for row in study.rows if row.rate is not None and not is_settled(study, row)]
+
+
+def rate_of(study: Study) -> float | None:
+    """The learning rate whose row has the least KL; None where none is compared, or not all are known."""
+    compared = [row for row in study.rows if row.rate is not None and architecture_of(study, row) is not None]
+    if not compared or rates_left(study):
+        return None
+    healed = {row.rate: study.read("healed", healing_of(study, row, architecture_of(study, row))) for row in compared}
+    kls = {rate: one["after"]["kl"] for rate, one in healed.items() if "after" in one}
+    return min(kls, key=kls.get, default=None)
 
 
 def needs_measuring(study: Study, row: Row) -> bool:
@@ -194,27 +218,73 @@ def speed_of(architecture: Architecture) -> str:
     return fingerprint(architecture.to_json())
 
 
-def needs_weights(study: Study, library: str) -> bool:
-    """Whether a row that is not healed, or a group whose joint KL is not measured, needs the variants' weights."""
+def is_settled(study: Study, row: Row) -> bool:
+    """Whether the row's child is healed and measured, or there is none."""
+    chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
+    if architecture is None:
+        return chosen is not None and not chosen["pool"]
+    return study.file("healed", healing_of(study, row, architecture)).exists()
 
-    def settled(row: Row) -> bool:
-        chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
-        healed = architecture is not None and study.file("healed", healing_of(study, row, architecture)).exists()
-        return healed or chosen is not None and not chosen["pool"]
 
-    groups = groups_of(study.asked) if library == "full" else {}
-    rows_left = any(row.library == library and not settled(row) for row in distinct(study))
-    return rows_left or not all(study.file("additivity", group).exists() for group in groups)
+def architectures_left(study: Study, library: str) -> list[Architecture] | None:
+    """Of which architectures weights of `library` are still needed.
+
+    None: of any, since random ones are to be measured, or not all rows are chosen.
+    """
+    groups, left = groups_of(study.asked) if library == "full" else {}, []
+    if not all(study.file("additivity", group).exists() for group in groups):
+        return None
+    for row in distinct(study):
+        chosen = study.read("chosen", row.name)
+        if row.library == library and chosen is None:
+            return None
+        if row.library == library and not is_settled(study, row):
+            left += [Architecture.from_json(one["architecture"]) for one in chosen["pool"]]
+    return left
+
+
+def space_of(study: Study, architectures: list[Architecture] | None) -> list[str]:
+    """Overrides that leave each layer only what `architectures` have there; [] where all of the search space is needed."""
+    if architectures is None or set(study.cfg.search_space) != set(SUBBLOCKS):  # lists for all layers, and no joint blocks
+        return []
+    layers = {}
+    for layer, subblock, variant in (row for architecture in architectures for row in architecture.rows()):
+        layers.setdefault(layer, {s: set() for s in SUBBLOCKS})[subblock].add(str(variant))
+    own = {layer: {subblock: sorted(some) for subblock, some in lists.items()} for layer, lists in sorted(layers.items())}
+    unquoted = json.dumps(own, separators=(",", ":")).replace('"', "")
+    return [*(f"search_space.{subblock}=[]" for subblock in SUBBLOCKS), f"+search_space.layers={unquoted}"]
+
+
+def parent(study: Study, turn: Turn) -> None:
+    """What the parent answers to evaluation.tasks: asked once, for all children."""
+
+    def asked() -> dict:
+        answers = Bench(study).of_parent
+        return {"tasks": {name: {"right": one.right_N.tolist(), "chance": one.chance} for name, one in answers.items()}}
+
+    once(study, turn, "parent", "answers", [], asked)
 
 
 def heal(study: Study, turn: Turn) -> None:
-    """Heal and measure the rows that no other process has in hand, as many as there is time for."""
+    """Heal and measure the rows that no other process has in hand, as many as there is time for; first those of learning rates."""
     bench = lru_cache(lambda: Bench(study))  # a process that finds nothing to do loads nothing
-    for row in distinct(study):
-        architecture = architecture_of(study, row)
-        if architecture is not None and study.has_weights(row.library):
+
+    def can_be_healed(row: Row) -> bool:
+        return architecture_of(study, row) is not None and study.has_weights(row.library)
+
+    def work(rows: list[Row]) -> None:
+        for row in filter(can_be_healed, rows):
+            architecture = architecture_of(study, row)
             name, known_s = healing_of(study, row, architecture), row_seconds(study, row, turn.per_gpu)
             once(study, turn, "healed", name, known_s, lambda: {"row": row.name, **bench().heal(row, architecture, turn.per_gpu)})
+
+    while (left := rates_left(study)) and all(map(can_be_healed, left)) and time.time() < turn.until:
+        work(left)
+        time.sleep(1)  # others are at what is left; if they end before it does, it is this one's
+    if left:
+        print(f"heal: the rows wait for {', '.join(row.name for row in left)}")
+    else:
+        work(distinct(study))
 
 
 def summary(found: dict) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, speed_of
+from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, rate_of, speed_of
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
@@ -20,6 +20,7 @@ HEADINGS = {
     "pool": "A pool measured before one is taken",
     "scores": "Another score than KL",
     "losses": "Losses of GKD",
+    "rates": "Learning rates of GKD",
 }
 COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
            "accuracy retained", "search, GKD, s"]  # fmt: skip
@@ -42,6 +43,7 @@ def gathered(study: Study) -> dict:
         "asked": read_json(study.results / "asked.json"),
         "workload": str(cfg.workload.batch_size) + f" × ({cfg.workload.prompt_len} + {cfg.workload.generation_len})",
         "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
+        "lr": rate_of(study) or cfg.gkd.lr,
         "tasks": plain(cfg.evaluation).get("tasks") or {},
         "machines": sorted({one["machine"] for one in healed + timed}),
         "versions": sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in healed + timed}),
@@ -129,8 +131,9 @@ def page(found: dict) -> str:
         f"row's architecture and curve. Workload: {found['workload']} (sequences × prompt + generated tokens). Machine: "
         f"{', '.join(found['machines']) or 'none yet'}; {'; '.join(found['versions'])}. GPU time of all commands together: "
         f"{found['gpu_minutes']:.1f} minutes.", "",
-        f"GKD: {found['gkd_tokens']:,} tokens for each row, except where losses are compared: {asked['ablation_tokens']:,}. KL to the "
-        "parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores. Accuracy retained: child over "
+        f"GKD: {found['gkd_tokens']:,} tokens for each row at a learning rate of {found['lr']:g}, except where losses and learning rates "
+        f"are compared: {asked['ablation_tokens']:,} tokens. KL to the parent in nats a token, on held-out text; predicted is the sum "
+        "of the chosen variants' KL scores. Accuracy retained: child over "
         f"parent, each less chance, over all tasks ({', '.join(found['tasks']) or 'none were asked'}). ± is one standard error, over the "
         "text's sequences or the questions. Realised speed-ups are of each architecture, timed in turn with the parent, alone on a GPU; "
         f"seconds of GKD are those of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
@@ -143,9 +146,11 @@ def page(found: dict) -> str:
     lines += in_short(rows, at)
     for group, heading in HEADINGS.items():
         mine = [row for row in rows if row["group"] == group]
+        if not mine:
+            continue
         where = "" if group == "mip" else f", at a speed-up of {at:g}"
         lines += [f"## {heading}{where}", ""]
-        lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses") else [rows[0], *mine])])
+        lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses", "rates") else [rows[0], *mine])])
         lines += seeds(mine) if group == "mip" else pools(mine) if group == "pool" else []
     lines += accuracies(rows, parent) + library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
     lines += ["## Commands", ""]

@@ -50,6 +50,7 @@ class Asked:
     seeds: int = 3  # of GKD, at each speed-up
     pool: int = 16  # solutions, search.pool_distance apart
     ablation_tokens: int = 4_194_304  # of GKD, for the rows that compare its losses
+    rates: list[float] = field(default_factory=list)  # of GKD's learning, compared with as few tokens; the best is all other rows'
     random: int = 100  # architectures whose joint KL is held against the sum of scores
     frontier: int = 20  # and so many of the frontier's
 
@@ -67,6 +68,7 @@ class Row:
     metric: str = "kl"  # the score that is made least
     seed: int = 0  # of GKD
     losses: tuple[float, float, float] | None = None  # weights of LM, cosine and KL; None: those of the preset
+    rate: float | None = None  # of learning; None: the best of those that are compared
 
 
 def rows_of(asked: Asked) -> list[Row]:
@@ -83,6 +85,7 @@ def rows_of(asked: Asked) -> list[Row]:
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
         rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
     rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
+    rows += [Row(f"rate-{rate:g}", "rates", f"learning rate {rate:g}", at, rate=rate) for rate in asked.rates]
     speedups = sorted(asked.speedups, key=lambda speedup: speedup != at)
     more = [(speedup, seed) for speedup in speedups for seed in range(1, asked.seeds)]
     return rows + [Row(f"mip-{speedup:g}-{seed}", "mip", rows[0].title, speedup, seed=seed) for speedup, seed in more]
@@ -153,7 +156,7 @@ class Study:
             shutil.copy(kept, there)
 
     def table(self, library: str, name: str) -> pd.DataFrame:
-        """The table `name` of `library`, or of `costs`; not to be changed."""
+        """The table `name` of `library`, or of `costs`, as it was first made; not to be changed."""
         return _read(name, self.results / "tables" / library / f"{name}.parquet")
 
     def problem(self, library: str, metric: str) -> Problem:

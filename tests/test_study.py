@@ -13,10 +13,10 @@ from puzzle_core.config import ROOT
 from puzzle_core.spec import Architecture
 from puzzle_core.tasks import Answers
 
-ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm")
+ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm", "rate-0.001", "rate-0.004")
 ASKED = [
     "--seeds", "2", "--speedups", "1.2", "--compared-at", "1.2", "--pool", "3", "--ablation-tokens", "256", "--random", "4",
-    "--frontier", "3", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
+    "--frontier", "3", "--rates", "1e-3,4e-3", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
     f"corpus.path={EXCERPT['path']}", "evaluation.repeats=1", "+evaluation.tasks.sample={path:data/questions/sample.jsonl}",
     "evaluation.text={num_tokens:512,seq_len:64,batch_size:4}", "gkd.train_tokens=512",
     "score.questions=null", "score.metrics=[kl]", "rivals.rl_steps=40", "search.pool_distance=1",
@@ -56,6 +56,7 @@ def step(results, name: str, *more: str) -> None:
 def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     step(results, "libraries", *ASKED)
     step(results, "choose")
+    step(results, "parent")
     step(results, "heal", "--minutes", "0")
     assert not list(results.glob("healed/*"))
     step(results, "heal")
@@ -68,6 +69,14 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     step(results, "libraries")
     assert not (results.parent / "full").exists()  # nothing that is left to do needs it
     assert "missing of heal: unrefitted; speeds: unrefitted; joint: nothing" in capsys.readouterr().out
+    lost = next(path for path in first if json.loads(path.read_text())["row"] == "losses-lm")
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    step(results, "libraries")
+    kept, made = (pd.read_parquet(folder / "full/library.parquet") for folder in (results / "tables", results.parent))
+    assert 0 < len(made) < len(kept)  # the variants of one row's child
+    step(results, "heal")
+    assert json.loads(lost.read_text())["after"] == before["after"]
     step(results, "page")
     written = json.loads((tmp_path / "docs/results/study.json").read_text())
     rows = {row["name"]: row for row in written["rows"]}
@@ -78,13 +87,15 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert mip["before"] == other_seed["before"] and mip["after"]["kl"] != other_seed["after"]["kl"]
     assert untrained["after"]["kl"] == mip["before"]["kl"] and untrained["gkd"] is None
     assert rows["losses-lm"]["gkd"] | {"train_tokens": 512, "kl_weight": 1.0, "cosine_weight": 1.0, "lm_weight": 0.0} == mip["gkd"]
+    best = min((rows["rate-0.001"], rows["rate-0.004"]), key=lambda row: row["after"]["kl"])
+    assert mip["gkd"] == best["gkd"] | {"train_tokens": 512} and written["lr"] == best["gkd"]["lr"]
     assert mip["after"]["accuracy_retained"] == pytest.approx((0.5 - 0.25) / (1 - 0.25))
     assert mip["timed"]["speedup"] > 0 and mip["timed"] == other_seed["timed"] and "latency_ms" not in mip["after"]
     assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]["joint_kl"]) == 3
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
     assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
-    assert "7 of 8 rows" in page and "Missing: " not in page and "(the same child as" in page
+    assert "9 of 10 rows" in page and "Missing: " not in page and "(the same child as" in page
     assert f"asked to be 1.2 × as fast, is {mip['timed']['speedup']:.2f} × as fast" in (tmp_path / "README.md").read_text()
 
 
