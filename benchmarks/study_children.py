@@ -218,6 +218,16 @@ def speed_of(architecture: Architecture) -> str:
     return fingerprint(architecture.to_json())
 
 
+def speed(study: Study, architecture: Architecture) -> dict | None:
+    """How fast the architecture is, of parent and child; None where it is not known, or the GPU was disturbed meanwhile.
+
+    The parent is timed with each: where it took a twentieth more than at best, somebody else was on the GPU.
+    """
+    found = study.read("speeds", speed_of(architecture))
+    least = min((one["parent"]["latency_ms"] for one in study.all("speeds")), default=None)
+    return None if found is None or found["parent"]["latency_ms"] > 1.05 * least else found
+
+
 def is_settled(study: Study, row: Row) -> bool:
     """Whether the row's child is healed and measured, or there is none."""
     chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
@@ -321,6 +331,8 @@ def speeds(study: Study, turn: Turn) -> None:
         return {"architecture": architecture.to_json(), **totals, **made_with(parent())}
 
     for architecture in filter(None, (architecture_of(study, row) for row in study.rows)):
+        if speed(study, architecture) is None:
+            study.file("speeds", speed_of(architecture)).unlink(missing_ok=True)
         known_s = [one["took_s"] for one in study.all("speeds")]
         once(study, turn, "speeds", speed_of(architecture), known_s, lambda: timed(architecture))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, rate_of, speed_of
+from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, rate_of, speed
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
@@ -52,7 +52,7 @@ def gathered(study: Study) -> dict:
         "gpu_minutes": sum(one["seconds"] * one["gpus"] for one in commands) / 60,
         "parent_name": cfg.parent.get("id") or cfg.parent.get("path") or "the parent",
         "parent": next((one["parent"] for one in healed if "parent" in one), None),
-        "parent_timed": next((one["parent"] for one in timed), None),
+        "parent_timed": min((one["parent"] for one in timed), key=lambda parent: parent["latency_ms"], default=None),
         "rows": of_rows,
         "libraries": libraries(study),
         "additivity": additivity(study),
@@ -88,7 +88,7 @@ def row_of(study: Study, row: Row) -> dict:
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
     known |= {"pool": pool, "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
-    known["timed"] = (study.read("speeds", speed_of(architecture)) or {}).get("child")
+    known["timed"] = (speed(study, architecture) or {}).get("child")
     healed = study.read("healed", known["healing"])
     if healed is None:
         return known | {"missing": "not healed"}
