@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.study_rows import LOSSES, Row, Study, groups_of
-from puzzle_core import evaluation, gkd, realised, rivals, search, tables
+from puzzle_core import evaluation, gkd, pools, realised, rivals, search, tables
 from puzzle_core.children import make_child, random_weights
 from puzzle_core.config import fill, plain
 from puzzle_core.constraints import constraints_from
@@ -133,9 +133,14 @@ class Bench:
 
     def pool(self, row: Row) -> dict:
         """The joint KL of each of the row's architectures, and which has the least."""
-        pool = self.study.read("chosen", row.name)["pool"]
-        kls = self.joint_kls(row.library, [Architecture.from_json(one["architecture"]) for one in pool])
-        return {"joint_kl": kls, "predicted": [one["kl"] for one in pool], "chosen": kls.index(min(kls))}
+        kls = self.joint_kls(row.library, pool_of(self.study, row))
+        return {"joint_kl": kls, "chosen": kls.index(min(kls))}
+
+    def briefly(self, row: Row, architecture: Architecture) -> dict:
+        """The KL of the child of `architecture`, one of the row's pool, after brief GKD; None where that diverges."""
+        batches, settings = self.pool_text.batches(self.corpus, self.text), brief_settings(self.study)
+        more = (self.weights_of(row.library), self.corpus, batches, settings, self.cfg.seed + row.seed)
+        return {"architecture": architecture.to_json(), "kl": pools.healed_kl(self.parent, architecture, *more)}
 
 
 def gkd_json(study: Study, row: Row) -> dict | None:
@@ -145,17 +150,20 @@ def gkd_json(study: Study, row: Row) -> dict | None:
 
 def gkd_settings(study: Study, row: Row) -> gkd.Settings | None:
     """How the row's child is healed; None: not at all. No checkpoints: a row that was killed begins anew, and its last state counts."""
-    settings = replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None)
-    shorter = replace(settings, train_tokens=study.asked.ablation_tokens, phases=[])
     if row.rate is not None:
-        return replace(shorter, lr=row.rate)
-    lr = rate_of(study) or settings.lr
+        return brief_settings(study, row.rate)
     if row.losses is None:
-        return replace(settings, lr=lr)
+        return replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None, lr=rate_of(study) or study.cfg.gkd.lr)
     if row.losses == LOSSES["none"]:
         return None
     lm, cosine, kl = row.losses
-    return replace(shorter, lr=lr, lm_weight=lm, cosine_weight=cosine, kl_weight=kl)
+    return replace(brief_settings(study), lm_weight=lm, cosine_weight=cosine, kl_weight=kl)
+
+
+def brief_settings(study: Study, rate: float | None = None) -> gkd.Settings:
+    """Those of the preset with fewer tokens, at the learning `rate`; None: the best."""
+    lr = rate or rate_of(study) or study.cfg.gkd.lr
+    return replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None, train_tokens=study.asked.ablation_tokens, phases=[], lr=lr)
 
 
 def rates_left(study: Study) -> list[Row]:
@@ -173,19 +181,42 @@ def rate_of(study: Study) -> float | None:
     return min(kls, key=kls.get, default=None)
 
 
+def pool_of(study: Study, row: Row) -> list[Architecture]:
+    """The architectures that the row takes one of, best first; [] where nothing was found or it is not known yet."""
+    return [Architecture.from_json(one["architecture"]) for one in (study.read("chosen", row.name) or {"pool": []})["pool"]]
+
+
 def needs_measuring(study: Study, row: Row) -> bool:
-    """Whether the row has several architectures, and which is best is not known."""
-    chosen = study.read("chosen", row.name)
-    return chosen is not None and len(chosen["pool"]) > 1 and study.read("pools", row.name) is None
+    """Whether the row has several architectures whose joint KL is not known."""
+    return len(pool_of(study, row)) > 1 and study.read("pools", row.name) is None
+
+
+def brief_of(study: Study, row: Row, architecture: Architecture) -> str:
+    """The name of what comes of brief GKD of an architecture of the row's pool."""
+    return fingerprint(origins(study, row.library, architecture), architecture.to_json(), asdict(brief_settings(study)), row.seed)
+
+
+def brief_kls(study: Study, row: Row) -> list[float | None]:
+    """The KL after brief GKD of each of the row's architectures, infinite where that diverged; None where it is not known."""
+    found = [study.read("briefly", brief_of(study, row, architecture)) for architecture in pool_of(study, row)]
+    return [one and (math.inf if one["kl"] is None else one["kl"]) for one in found]
+
+
+def number_of(study: Study, row: Row) -> int | None:
+    """Which of the row's architectures it takes; None where that is not known yet, or there is none."""
+    pool = pool_of(study, row)
+    if len(pool) < 2:
+        return 0 if pool else None
+    if row.method == "healed-pool":
+        kls = brief_kls(study, row)
+        return None if None in kls else kls.index(min(kls))
+    return (study.read("pools", row.name) or {"chosen": None})["chosen"]
 
 
 def architecture_of(study: Study, row: Row) -> Architecture | None:
     """The row's architecture; None where nothing was found or it is not known yet."""
-    chosen = study.read("chosen", row.name)
-    if chosen is None or not chosen["pool"] or needs_measuring(study, row):
-        return None
-    number = (study.read("pools", row.name) or {"chosen": 0})["chosen"]
-    return Architecture.from_json(chosen["pool"][number]["architecture"])
+    number = number_of(study, row)
+    return None if number is None else pool_of(study, row)[number]
 
 
 def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
@@ -249,7 +280,7 @@ def architectures_left(study: Study, library: str) -> list[Architecture] | None:
         if row.library == library and chosen is None:
             return None
         if row.library == library and not is_settled(study, row):
-            left += [Architecture.from_json(one["architecture"]) for one in chosen["pool"]]
+            left += pool_of(study, row)
     return left
 
 
@@ -293,12 +324,18 @@ def heal(study: Study, turn: Turn) -> None:
         time.sleep(1)  # others are at what is left; if they end before it does, it is this one's
     if left:
         print(f"heal: the rows wait for {', '.join(row.name for row in left)}")
-    else:
-        work(distinct(study))
+        return
+    for row in (row for row in study.rows if row.method == "healed-pool" and study.has_weights(row.library)):
+        for architecture in pool_of(study, row):
+            known_s = [one["took_s"] for one in study.all("briefly")]
+            once(study, turn, "briefly", brief_of(study, row, architecture), known_s, lambda: bench().briefly(row, architecture))
+    work(distinct(study))
 
 
 def summary(found: dict) -> str:
     """What a worker says of what it found out."""
+    if "architecture" in found and "kl" in found:
+        return f"KL {found['kl']} after brief GKD, "
     name = f"{found['row']}, " if "row" in found else ""
     if "after" in found:
         before, after = found["before"], found["after"]

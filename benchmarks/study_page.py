@@ -1,11 +1,12 @@
 """The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
+import collections
 import statistics
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, gkd_json, healing_of, needs_measuring, rate_of, speed
+from benchmarks.study_children import architecture_of, brief_kls, gkd_json, healing_of, needs_measuring, number_of, rate_of, speed
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
@@ -17,7 +18,7 @@ HEADINGS = {
     "mip": "Puzzle at each speed-up",
     "rivals": "Other ways to choose from the same library",
     "libraries": "The same search on a lesser library",
-    "pool": "A pool measured before one is taken",
+    "pool": "A pool whose children are measured, or healed briefly, before one is taken",
     "scores": "Another score than KL",
     "losses": "Losses of GKD",
     "rates": "Learning rates of GKD",
@@ -54,6 +55,7 @@ def gathered(study: Study) -> dict:
         "parent": next((one["parent"] for one in healed if "parent" in one), None),
         "parent_timed": min((one["parent"] for one in timed), key=lambda parent: parent["latency_ms"], default=None),
         "rows": of_rows,
+        "foretold": foretold(of_rows),
         "libraries": libraries(study),
         "additivity": additivity(study),
     }
@@ -77,23 +79,41 @@ def missing(study: Study) -> dict[str, list[str]]:
 def row_of(study: Study, row: Row) -> dict:
     """What is known of a row; `missing` says what is not, and why."""
     known = {"name": row.name, "group": row.group, "title": row.title, "speedup_asked": row.speedup, "seed": row.seed}
-    chosen, pool, architecture = study.read("chosen", row.name), study.read("pools", row.name), architecture_of(study, row)
+    chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
     if chosen is None:
         return known | {"missing": "its library or the costs are not there, or nothing was chosen yet"}
     if not chosen["pool"]:
         return known | {"missing": "it found nothing that fits", "search_s": chosen["seconds"]}
     if architecture is None:
-        return known | {"missing": "the pool's children were not measured"}
-    predicted = chosen["pool"][pool["chosen"] if pool else 0]
+        return known | {"missing": "the pool's children were not all measured"}
+    predicted = chosen["pool"][number_of(study, row)]
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
-    known |= {"pool": pool, "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
+    known |= {"pool": pool(study, row, chosen["pool"]), "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
     known["timed"] = (speed(study, architecture) or {}).get("child")
     healed = study.read("healed", known["healing"])
     if healed is None:
         return known | {"missing": "not healed"}
     known |= {key: healed[key] for key in ("before", "after", "held_out", "seconds", "per_gpu", "machine") if key in healed}
     return known | ({"missing": healed["failed"]} if "failed" in healed else {})
+
+
+def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
+    """What is known of each of several architectures: variants that are not the parent's, sum of scores, joint KL, KL after brief GKD."""
+    measured, taken = study.read("pools", row.name), number_of(study, row)
+    if len(chosen) < 2 or measured is None:
+        return None
+    briefly = brief_kls(study, row) if row.method == "healed-pool" else [None] * len(chosen)
+    return [
+        {"variants": variants(one["architecture"]), "predicted": one["kl"], "joint_kl": kl, "healed_kl": healed, "taken": number == taken}
+        for number, (one, kl, healed) in enumerate(zip(chosen, measured["joint_kl"], briefly, strict=True))
+    ]
+
+
+def variants(layers: list[dict[str, str]]) -> str:
+    """How often an architecture has each variant that is not the parent's."""
+    counted = collections.Counter(f"{subblock} {variant}" for layer in layers for subblock, variant in layer.items() if variant != "parent")
+    return ", ".join(f"{number} {name}" for name, number in counted.most_common()) or "the parent"
 
 
 def libraries(study: Study) -> list[dict]:
@@ -152,7 +172,8 @@ def page(found: dict) -> str:
         lines += [f"## {heading}{where}", ""]
         lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses", "rates") else [rows[0], *mine])])
         lines += seeds(mine) if group == "mip" else pools(mine) if group == "pool" else []
-    lines += accuracies(rows, parent) + library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
+    lines += foretold_lines(found["foretold"]) + accuracies(rows, parent)
+    lines += library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
     lines += ["## Commands", ""]
     commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"])] for one in found["commands"]]
     return "\n".join(lines + table(["command", "minutes", "GPUs"], commands)).rstrip() + "\n"
@@ -244,14 +265,43 @@ def seeds(rows: list[dict]) -> list[str]:
 
 def pools(rows: list[dict]) -> list[str]:
     lines = []
-    for pool in (row["pool"] for row in rows if row.get("pool")):
-        kls = pool["joint_kl"]
-        lines.append(
-            f"Joint KL before GKD, on other text: of the first solution {kls[0]:.4f}, of the {len(kls)} from {min(kls):.4f} to "
-            f"{max(kls):.4f}; solution {pool['chosen'] + 1} was taken. "
-            f"Predicted: {pool['predicted'][0]:.4f} to {pool['predicted'][-1]:.4f}."
-        )
-    return [*lines, ""] if lines else []
+    for row in (row for row in rows if row.get("pool")):
+        lines += [f"{label(row)}: joint KL before GKD, and KL after brief GKD where that decides, both on other text.", ""]
+        known = []
+        for one in row["pool"]:
+            kls = ("" if one[name] is None else f"{one[name]:.4f}" for name in ("predicted", "joint_kl", "healed_kl"))
+            known.append([one["variants"], *kls, "taken" if one["taken"] else ""])
+        lines += table(["variants", "sum of scores", "joint KL", "KL after brief GKD", ""], known)
+    return lines
+
+
+def foretold(rows: list[dict]) -> dict[str, float | int] | None:
+    """How well the KL after GKD is told by what is known earlier: Spearman's rank correlation over distinct children of whole GKD.
+
+    None of fewer than 3 children. The held-out KL during GKD is that of the first look, where there is one before the last.
+    """
+    distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates")}
+    known = pd.DataFrame(
+        {
+            "sum of scores": row["predicted"]["kl"],
+            "joint KL before GKD": row["before"]["kl"],
+            "held-out KL at the first look during GKD": row["held_out"][1]["held_out_kl"] if len(row["held_out"]) > 2 else None,
+            "after": row["after"]["kl"],
+        }
+        for row in distinct.values()
+    )
+    if len(known) < 3:
+        return None
+    told = known.rank().corr()["after"].drop("after").dropna()
+    return {"children": len(known), **told.to_dict()}
+
+
+def foretold_lines(told: dict[str, float | int] | None) -> list[str]:
+    if told is None:
+        return []
+    text = f"Rank correlation with the KL after GKD, over the {told['children']} different children that GKD healed with all its tokens."
+    known = [[name, f"{value:.3f}"] for name, value in told.items() if name != "children"]
+    return ["## What tells the KL after GKD", "", text, "", *table(["known before", "rank correlation"], known)]
 
 
 def accuracies(rows: list[dict], parent: dict | None) -> list[str]:

@@ -29,6 +29,10 @@ RIVALS = {
     "depth": "whole layers dropped",
     "rl": "reinforcement learning",
 }
+POOLS = {  # how others than the best are found, from which one is taken once their children are measured, or healed briefly and measured
+    "pool": {},
+    "healed-pool": {"pool_weights": 4.0, "pool_distance": 4},
+}
 LOSSES = {  # of GKD, as in the paper's ablation (arXiv 2411.19146): weights of LM, cosine, KL
     "none": (0.0, 0.0, 0.0),
     "lm": (1.0, 0.0, 0.0),
@@ -85,6 +89,7 @@ def rows_of(asked: Asked) -> list[Row]:
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
         rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
     rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
+    rows.append(Row("healed-pool", "pool", f"best of a pool of {asked.pool} by KL after brief GKD", at, method="healed-pool"))
     rows += [Row(f"rate-{rate:g}", "rates", f"learning rate {rate:g}", at, rate=rate) for rate in asked.rates]
     speedups = sorted(asked.speedups, key=lambda speedup: speedup != at)
     more = [(speedup, seed) for speedup in speedups for seed in range(1, asked.seeds)]
@@ -185,10 +190,11 @@ class Study:
         """Seconds that it took, and the architectures, best first: several of a pool, none where nothing was found."""
         start = time.perf_counter()
         try:
-            if row.method not in ("mip", "pool"):
+            if row.method not in ("mip", *POOLS):
                 entry = next(entry for entry in self._rivals if entry.method == row.method)
                 return entry.seconds, [entry.architecture] if entry.architecture else []
-            settings = fill(search.Settings, self.cfg.search, metric=row.metric, pool_size=self.asked.pool if row.method == "pool" else 1)
+            more = {"pool_size": self.asked.pool, **POOLS[row.method]} if row.method in POOLS else {"pool_size": 1}
+            settings = fill(search.Settings, self.cfg.search, metric=row.metric, **more)
             found = search.search(self.problem(row.library, row.metric), self.limits(row.speedup), settings)
         except search.InfeasibleError:
             found = []

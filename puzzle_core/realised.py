@@ -19,7 +19,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.files import read_json
 from puzzle_core.parents import Parent
 from puzzle_core.quality import Text
-from puzzle_core.spec import NO_OP, Architecture, Solution, is_parent
+from puzzle_core.spec import NO_OP, Architecture, is_parent
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_inputs
 
@@ -33,6 +33,7 @@ class Settings:
     batch_size: int
     head_tokens: int = 256  # tokens whose logits exist at a time
     memory_gib: float | None = None  # for hidden states of all architectures; what does not fit is measured afterwards
+    heal: dict | None = None  # brief GKD of a pool's children before the best is chosen (pools.py): keys of conf/gkd/; None: none
 
     def batches(self, corpus: Corpus, reported: list) -> list:
         """[B, T] batches of the held-out text that follows that of the evaluation, whose batches are `reported`."""
@@ -96,32 +97,6 @@ def _swapped(parent: Parent, layer: int, choice: tuple, weights_of: Callable, mo
                     load_weights(modules[row], *weights_of(layer, subblock, variant))
             stack.enter_context(swapped(parent, layer, subblock, modules[row]))
         yield
-
-
-def best_of(
-    parent: Parent, pool: Sequence[Solution], weights_of: Callable, corpus: Corpus, reported: list, settings: Settings
-) -> tuple[Solution, list[dict[str, float | int | None]]]:
-    """The solution whose child has the least joint KL, and a row for each with what was predicted and what came of it.
-
-    It is measured on other text than `reported`. Where there is no choice nothing is: `realised` of the row is None.
-    """
-    kls, chosen = [None], 0
-    if len(pool) > 1:
-        architectures = [solution.architecture for solution in pool]
-        kls = joint_kl(parent, architectures, weights_of, settings.batches(corpus, reported), settings)
-        chosen = kls.index(min(kls))
-    rows = [
-        {"solution": number, "predicted": solution.score, "realised": kl, "chosen": int(solution is pool[chosen])}
-        for number, (solution, kl) in enumerate(zip(pool, kls, strict=True), start=1)
-    ]
-    return pool[chosen], rows
-
-
-def choice(rows: list[dict]) -> str:
-    """In words, which of `best_of`'s rows was chosen."""
-    chosen = next(row for row in rows if row["chosen"])
-    kls = "" if len(rows) == 1 else f", joint KL {chosen['realised']:.4g} (of the first {rows[0]['realised']:.4g})"
-    return f"solution {chosen['solution']} of {len(rows)}{kls}"
 
 
 def read_architectures(path: Path) -> list[dict]:

@@ -19,8 +19,10 @@ import numpy as np
 from puzzle_core import mip, tables
 from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
 from puzzle_core.problem import HALVES, SCORE, Problem
-from puzzle_core.spec import BLOCK, Constraint, Scenario, Solution
+from puzzle_core.spec import BLOCK, Architecture, Constraint, Scenario, Solution
 from puzzle_core.targets import expressible
+
+DRAWS = 16  # of weights, for each other solution of a pool that is wanted
 
 
 class InfeasibleError(ValueError):
@@ -36,6 +38,7 @@ class Settings:
     batch_sizes: Sequence[int] | None = None  # tried in place of the workload's
     pool_size: int = 1  # solutions
     pool_distance: int = 1  # choices of a variant in which any two of them differ
+    pool_weights: float = 1.0  # more: the others are best where each kind of variant counts up to so many times more or less
     time_limit_s: float = 60.0  # for everything together
     export_target: str | None = None  # only what this format can express (`targets`)
 
@@ -43,6 +46,10 @@ class Settings:
         for name, least in (("pool_size", 1), ("pool_distance", 1)):
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
+        if not self.pool_weights >= 1:
+            raise ValueError(f"search.pool_weights is {self.pool_weights!r}; expected a number, at least 1")
+        if self.pool_weights > 1 and self.objective != SCORE:
+            raise ValueError(f"search.pool_weights weighs scores, and search.objective is {self.objective}: set pool_weights to 1")
 
 
 def posed(data: Path, settings: Settings, scenario: Scenario) -> Problem:
@@ -146,7 +153,10 @@ def program_of(
 
 
 def _pool(problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float) -> Iterator[Solution]:
-    """`first` and the next best that differ enough; fewer where there are no more, or no more time."""
+    """`first` and others that differ enough, the next best or the best by other weights; fewer where there are no more, or no more time."""
+    if settings.pool_weights > 1:
+        yield from _by_other_weights(problem, constraints, first, settings, deadline)
+        return
     pool = [first]
     yield first
     while len(pool) < settings.pool_size and (left_s := deadline - time.perf_counter()) > 0:
@@ -155,6 +165,38 @@ def _pool(problem: Problem, constraints: Sequence[Constraint], first: Solution, 
         except (InfeasibleError, TimeoutError):
             return
         yield pool[-1]
+
+
+def _by_other_weights(
+    problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float
+) -> Iterator[Solution]:
+    """`first`, and what is best where the scores of each kind of variant count more or less, by factors drawn alike in logarithm.
+
+    A score is what is lost before GKD, and of some kinds GKD mends more than of others: of which, children must show. What differs
+    too little from an earlier one is passed over, until 16 draws for each solution that is wanted are made.
+    """
+    others, draws = [], np.random.default_rng(0)
+    kinds_O = np.array([f"{subblock} {variant.kind}" for _, subblock, variant in problem.options])
+    kinds, index_O = np.unique(kinds_O, return_inverse=True)
+    for _ in range(DRAWS * (settings.pool_size - 1)):
+        left_s = deadline - time.perf_counter()
+        if len(others) == settings.pool_size - 1 or left_s <= 0:
+            break
+        weights = settings.pool_weights ** draws.uniform(-1, 1, len(kinds))
+        weighted = replace(problem, score_O=problem.score_O * weights[index_O], _shares={})
+        try:
+            found = solve(weighted, constraints, left_s)
+        except TimeoutError:
+            break
+        if all(_differing(found.architecture, other.architecture) >= settings.pool_distance for other in (first, *others)):
+            score = problem.score(problem.rows_of(found.architecture))
+            others.append(replace(found, score=score, bound=min(first.bound, score), status="feasible"))  # the first's is of all
+    yield from (first, *sorted(others, key=lambda solution: solution.score))
+
+
+def _differing(one: Architecture, other: Architecture) -> int:
+    """In how many choices of a variant two architectures differ."""
+    return sum(a != b for mine, others in zip(one.layers, other.layers, strict=True) for a, b in zip(mine, others, strict=True))
 
 
 def frontier(

@@ -63,6 +63,9 @@ class Joint:
             raise ValueError(f"'{text}' is not a variant id of a block; expected attention+ffn, for example kv4+w768 or parent+parent")
         return cls(*map(Variant.parse, halves))
 
+    @property
+    def kind(self) -> str:
+        return f"{self.attention.kind}+{self.ffn.kind}"
 
     @property
     def halves(self) -> tuple[tuple[str, Variant], ...]:

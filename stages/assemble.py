@@ -1,7 +1,7 @@
 """Choose the pool's best, build its child, prove that the child loads anywhere, measure it beside the parent."""
 from pathlib import Path
 
-from puzzle_core import cards, evaluation, plots, realised, tables
+from puzzle_core import cards, evaluation, gkd, plots, pools, realised, tables
 from puzzle_core.architecture_picture import architecture_picture
 from puzzle_core.children import make_child, save_child, verify_reload
 from puzzle_core.config import fill, plain, stage
@@ -19,8 +19,10 @@ def run(cfg):
         parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device))
         weights_of = tables.variant_files(tables.read("library", data / "library.parquet"), data / "blocks")
         corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), fill(evaluation.Settings, cfg.evaluation)
-        reported = settings.batches(corpus)
-        solution, compared = realised.best_of(parent, pool, weights_of, corpus, reported, fill(realised.Settings, cfg.realised))
+        reported, measured = settings.batches(corpus), fill(realised.Settings, cfg.realised)
+        healing = fill(gkd.Settings, cfg.realised.heal) if measured.heal else None
+        more = (healing, cfg.seed, out / ".pool")
+        solution, compared = pools.best_of(parent, pool, weights_of, corpus, reported, measured, *more)
         child = make_child(parent, solution.architecture, weights_of)
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)
@@ -34,7 +36,7 @@ def run(cfg):
         plots.predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
         architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
     print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
-    print(f"assemble: {realised.choice(compared)}; {out}/child")
+    print(f"assemble: {pools.choice(compared)}; {out}/child")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import stages.assemble
 import stages.gkd
-from puzzle_core import cards, evaluation, gkd, modeling_puzzle, realised, tables
+from puzzle_core import cards, evaluation, gkd, modeling_puzzle, pools, realised, tables
 from puzzle_core.bld import Settings, jobs, train_library
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.config import plain
@@ -210,10 +210,47 @@ def test_assemble_keeps_the_solution_of_the_pool_whose_child_is_nearest_to_the_p
     assert [row["solution"] for row in rows] == [1, 2] and rows[0]["realised"] > rows[1]["realised"] > 0
     assert [row["chosen"] for row in rows] == [0, 1] and read_json(data / "chosen.json") == pool[1]
     assert set(read_json(data / "child" / "config.json")["per_layer_config"]) == {"0", "1", "2"}
-    assert realised.choice(rows).startswith("solution 2 of 2, joint KL ")
-    alone, rows = realised.best_of(None, [solution_of(MIXED)], None, None, [], None)  # nothing is run where there is no choice
-    assert realised.choice(rows) == "solution 1 of 1"
-    assert alone == solution_of(MIXED) and rows == [{"solution": 1, "predicted": 0.25, "realised": None, "chosen": 1}]
+    assert pools.choice(rows).startswith("solution 2 of 2, joint KL ") and {row["healed"] for row in rows} == {None}
+    alone, rows = pools.best_of(None, [solution_of(MIXED)], None, None, [], None)  # nothing is run where there is no choice
+    assert pools.choice(rows) == "solution 1 of 1"
+    assert alone == solution_of(MIXED) and rows == [{"solution": 1, "predicted": 0.25, "realised": None, "healed": None, "chosen": 1}]
+
+
+def test_assemble_keeps_the_solution_whose_child_is_nearest_after_brief_gkd_and_heals_none_twice(data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("child", ".*"))
+    data, healed_kl, killed_at = tmp_path / "data", pools.healed_kl, [2]
+    calls = []
+
+    def healed(*arguments) -> float:
+        calls.append(arguments[1])
+        if len(calls) == killed_at[0]:
+            raise KeyboardInterrupt
+        return healed_kl(*arguments)
+
+    monkeypatch.setattr(pools, "healed_kl", healed)
+    cfg = config(data, "realised.heal={seq_len:64,batch_size:4,train_tokens:1024,lr:2e-3}")
+    with pytest.raises(KeyboardInterrupt):
+        stages.assemble.run(cfg)
+    killed_at[0] = 0
+    stages.assemble.run(cfg)
+    pool, rows = read_json(data / "pool.json"), read_json(data / "plots" / "pool.json")
+    assert calls == [Architecture.from_json(pool[n]["architecture"]) for n in (0, 1, 1)]  # the killed run's first is not done again
+    assert all(0 < row["healed"] < row["realised"] for row in rows)
+    least = min(rows, key=lambda row: row["healed"])
+    assert least["chosen"] and read_json(data / "chosen.json") == pool[least["solution"] - 1]
+    assert "after brief GKD" in pools.choice(rows)
+    (stale, _), num_calls = list((data / ".pool").glob("*.json")), len(calls)
+    write_json(stale.with_name("other.json"), {"kl": 0.0})
+    monkeypatch.setattr(pools, "healed_kl", lambda *arguments: None)  # it diverges
+    with pytest.raises(SystemExit):
+        stages.assemble.run(config(data, "realised.heal={seq_len:64,batch_size:4,train_tokens:1024,lr:100}"))
+    assert len(calls) == num_calls and not stale.exists() and not stale.with_name("other.json").exists()
+
+
+def test_a_child_that_diverges_in_brief_gkd_has_no_kl(parent, tmp_path):
+    corpus, batches = Corpus(parent.tokenizer, EXCERPT), [np.ones((2, 24), dtype=np.int64)]
+    healing = gkd.Settings(seq_len=32, batch_size=2, train_tokens=640, lr=1e30, grad_clip=1e30)
+    assert pools.healed_kl(parent, MIXED, variants(parent, tmp_path), corpus, batches, healing, 0) is None
 
 
 def test_the_text_that_the_pool_is_compared_on_shares_nothing_with_the_evaluations(parent):

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -478,6 +479,31 @@ def test_a_weighted_sum_of_metrics_is_what_is_minimised():
     alone = Problem.from_tables(scores, costs, "kl", SCENARIO)
     assert problem.metric == "1 kl + 0.3 lm_loss"
     np.testing.assert_allclose(problem.score_O, alone.score_O + 0.3 * np.where(alone.score_O == 0, 0, 1 / (1 + alone.score_O)))
+
+
+def test_a_pool_by_other_weights_holds_what_is_best_where_kinds_count_more_or_less():
+    problem, limits = make_problem(num_layers=6), {"speedup": 1.4}
+    settings = search.Settings(pool_size=6, pool_distance=2, pool_weights=8.0)
+    pool, again = (search.search(problem, limits, settings) for _ in range(2))
+    (constraint,) = constraints_from(limits, problem)
+    first, *others = pool
+    assert first == replace(search.solve(problem, [constraint]), seconds=first.seconds) and len(others) == 5
+    assert [s.score for s in others] == sorted(s.score for s in others)
+    for number, one in enumerate(pool):
+        assert one.score == pytest.approx(problem.score(problem.rows_of(one.architecture))) and one.bound <= first.score
+        assert one.totals["latency_ms"] <= constraint.upper * (1 + 1e-9)
+        rows = set(one.architecture.rows())
+        assert all(len(rows - set(other.architecture.rows())) >= 2 for other in pool[:number])
+    assert [one.architecture for one in pool] == [one.architecture for one in again]
+    nearest = search.search(problem, limits, search.Settings(pool_size=6, pool_distance=2))
+    assert others[-1].score > nearest[-1].score  # they are further from the best than the next best
+
+
+def test_weights_of_a_pool_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="search.pool_weights is 0.5; expected a number, at least 1"):
+        search.Settings(pool_weights=0.5)
+    with pytest.raises(ValueError, match="search.objective is latency_ms: set pool_weights to 1"):
+        search.Settings(pool_weights=2.0, objective="latency_ms")
 
 
 @pytest.mark.parametrize("distance", [1, 3])

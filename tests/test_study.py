@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 from conftest import ENVIRONMENT, EXCERPT, PICO, quick_starts
 
-from benchmarks import demo, study, study_children, study_rows
+from benchmarks import demo, study, study_children, study_page, study_rows
 from puzzle_core import evaluation
 from puzzle_core.config import ROOT
 from puzzle_core.spec import Architecture
 from puzzle_core.tasks import Answers
 
-ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "losses-none", "losses-lm", "rate-0.001", "rate-0.004")
+ROWS = ("mip-1.2-0", "mip-1.2-1", "greedy", "initialised", "unrefitted", "pool", "healed-pool", "losses-none", "losses-lm",
+        "rate-0.001", "rate-0.004")  # fmt: skip
 ASKED = [
     "--seeds", "2", "--speedups", "1.2", "--compared-at", "1.2", "--pool", "3", "--ablation-tokens", "256", "--random", "4",
     "--frontier", "3", "--rates", "1e-3,4e-3", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
@@ -91,11 +92,14 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert mip["gkd"] == best["gkd"] | {"train_tokens": 512} and written["lr"] == best["gkd"]["lr"]
     assert mip["after"]["accuracy_retained"] == pytest.approx((0.5 - 0.25) / (1 - 0.25))
     assert mip["timed"]["speedup"] > 0 and mip["timed"] == other_seed["timed"] and "latency_ms" not in mip["after"]
-    assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]["joint_kl"]) == 3
+    assert mip["predicted"]["speedup"] >= 1.2 and len(rows["pool"]["pool"]) == 3
+    brief = [one["healed_kl"] for one in rows["healed-pool"]["pool"]]
+    assert min(brief) > 0 and [one["taken"] for one in rows["healed-pool"]["pool"]] == [kl == min(brief) for kl in brief]
+    assert all(one["healed_kl"] is None for one in rows["pool"]["pool"])
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
     assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
-    assert "9 of 10 rows" in page and "Missing: " not in page and "(the same child as" in page
+    assert "10 of 11 rows" in page and "Missing: " not in page and "(the same child as" in page
     assert f"asked to be 1.2 × as fast, is {mip['timed']['speedup']:.2f} × as fast" in (tmp_path / "README.md").read_text()
 
 
@@ -149,6 +153,20 @@ def test_children_are_the_same_where_bld_changed_no_variant_of_theirs(tmp_path, 
     assert same({"attention": "linear", "ffn": "parent"}) and same({"attention": "kv2", "ffn": "parent"})
     assert not same({"attention": "kv1", "ffn": "parent"})
     assert not same({"block": "linear+no_op"})  # its halves were trained in one of them
+
+
+def test_what_tells_the_kl_after_gkd_is_asked_of_distinct_children_of_whole_gkd():
+    def row(healing: str, told: float, after: float, group: str = "mip", seed: int = 0) -> dict:
+        looks = [{"held_out_kl": kl} for kl in (9.0, -after, after)]
+        known = {"healing": healing, "group": group, "seed": seed, "held_out": looks, "before": {"kl": told}, "after": {"kl": after}}
+        return {**known, "predicted": {"kl": told}}
+
+    rows = [row("a", 1.0, 2.0), row("a", 1.0, 2.0, "rivals"), row("b", 2.0, 1.0), row("c", 3.0, 3.0)]
+    others = [row("d", 0.0, 9.0, "losses"), row("e", 0.0, 9.0, seed=1), {"healing": "f", "missing": "not healed"}]
+    told = study_page.foretold([*rows, *others])
+    assert told["children"] == 3 and told["sum of scores"] == told["joint KL before GKD"] == pytest.approx(0.5)
+    assert told["held-out KL at the first look during GKD"] == pytest.approx(-1.0)
+    assert study_page.foretold([*rows[:3], *others]) is None and study_page.foretold_lines(None) == []
 
 
 def test_questions_that_cannot_be_asked_are_an_error_before_anything_is_begun(tmp_path, monkeypatch, capsys):
