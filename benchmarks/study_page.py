@@ -234,6 +234,9 @@ def in_short(rows: list[dict], at: float) -> list[str]:
             f"- KL after GKD at {at:g} ×: {kl:.4f}; of the best other child of a rival ({best['title']}) {least:.4f}: "
             f"{abs(1 - kl / least):.1%} {'less' if kl < least else 'more'}; aim 25 % less."
         )
+    alike = [row for row in rows if row["speedup_asked"] == at and "after" in row and row["gkd"]]
+    if (nearest := min(alike, key=lambda row: row["after"]["kl"]))["healing"] != mine["healing"]:
+        lines.append(f"- The least KL after GKD of all children at {at:g} ×: {nearest['after']['kl']:.4f} ({label(nearest)}).")
     return [*lines, ""] if lines else []
 
 

@@ -280,7 +280,7 @@ def _located(
     if source == "directory":
         return file, _sampled_hash(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
     place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
-    return place, _sampled_hash(place), file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
+    return place, place.name, file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
 
 
 def _skeleton(
