@@ -51,7 +51,7 @@ from benchmarks.study_children import Turn, architectures_left, heal, joint, par
 from benchmarks.study_rows import LIBRARIES, Study
 from puzzle_core.config import ROOT, fill
 from puzzle_core.evaluation import Settings
-from puzzle_core.files import write_json
+from puzzle_core.files import lock, write_json
 
 PYTHON = sys.executable
 WORK = {"parent": parent, "joint": joint, "speeds": speeds, "heal": heal}  # what GPUs share
@@ -170,10 +170,11 @@ def noted(study: Study, command: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        number = len(list((study.results / "commands").glob("*.json"))) + 1
         gpus = len(devices()) if devices() != [None] else 0
         words = shlex.join(["python", "-m", "benchmarks.study", *command])
-        write_json(study.file("commands", f"{number:03}"), {"command": words, "seconds": time.time() - start, "gpus": gpus})
+        with lock(study.locks, "commands", wait=True):  # steps may run side by side
+            number = len(list((study.results / "commands").glob("*.json"))) + 1
+            write_json(study.file("commands", f"{number:03}"), {"command": words, "seconds": time.time() - start, "gpus": gpus})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -368,7 +368,7 @@ def speeds(study: Study, turn: Turn) -> None:
         return {"architecture": architecture.to_json(), **totals, **made_with(parent())}
 
     for architecture in filter(None, (architecture_of(study, row) for row in study.rows)):
-        if speed(study, architecture) is None:
+        if study.read("speeds", speed_of(architecture)) and speed(study, architecture) is None:
             study.file("speeds", speed_of(architecture)).unlink(missing_ok=True)
         known_s = [one["took_s"] for one in study.all("speeds")]
         once(study, turn, "speeds", speed_of(architecture), known_s, lambda: timed(architecture))

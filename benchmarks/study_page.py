@@ -1,5 +1,6 @@
 """The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
 import collections
+import math
 import statistics
 from pathlib import Path
 
@@ -105,7 +106,13 @@ def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
         return None
     briefly = brief_kls(study, row) if row.method == "healed-pool" else [None] * len(chosen)
     return [
-        {"variants": variants(one["architecture"]), "predicted": one["kl"], "joint_kl": kl, "healed_kl": healed, "taken": number == taken}
+        {
+            "variants": variants(one["architecture"]),
+            "predicted": one["kl"],
+            "joint_kl": kl,
+            "healed_kl": None if healed == math.inf else healed,
+            "taken": number == taken,
+        }
         for number, (one, kl, healed) in enumerate(zip(chosen, measured["joint_kl"], briefly, strict=True))
     ]
 

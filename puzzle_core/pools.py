@@ -1,7 +1,7 @@
 """Which solution of a pool is kept: the one whose child is nearest to the parent, as assembled or after brief GKD.
 
 What GKD mends differs from kind to kind of variant: a score, and the joint KL of an assembled child too, can rank children otherwise
-than they are ranked after GKD, where a fifth of the tokens already ranks them as all do (docs/results/study.md).
+than they are ranked after GKD, where a quarter of the tokens already ranks them as all do (docs/results/study.md).
 """
 import tempfile
 from collections.abc import Callable, Sequence

@@ -10,6 +10,7 @@ from conftest import ENVIRONMENT, EXCERPT, PICO, quick_starts
 from benchmarks import demo, study, study_children, study_page, study_rows
 from puzzle_core import evaluation
 from puzzle_core.config import ROOT
+from puzzle_core.files import write_json
 from puzzle_core.spec import Architecture
 from puzzle_core.tasks import Answers
 
@@ -126,6 +127,17 @@ def test_a_row_is_begun_only_where_it_can_end(monkeypatch):
     assert turn.allows([10.0, 59.0]) and not turn.allows([10.0, 60.0])
     assert turn.allows([])  # of an unknown length: 60 seconds are left, 40 have gone by
     assert not study_children.Turn(until=170.0, start=100.0).allows([])
+
+
+def test_a_time_does_not_count_where_the_parent_was_slower_than_at_best(tmp_path):
+    begun, one, other = study_rows.Study(tmp_path), Architecture.uniform(2), Architecture.uniform(3)
+    assert study_children.speed(begun, one) is None
+    for architecture, parent_ms in ((one, 104.0), (other, 100.0)):
+        times = {"parent": {"latency_ms": parent_ms}, "child": {"speedup": 1.5}}
+        write_json(begun.file("speeds", study_children.speed_of(architecture)), times)
+    assert study_children.speed(begun, one)["child"] == study_children.speed(begun, other)["child"] == {"speedup": 1.5}
+    write_json(begun.file("speeds", study_children.speed_of(one)), {"parent": {"latency_ms": 106.0}, "child": {"speedup": 1.7}})
+    assert study_children.speed(begun, one) is None and study_children.speed(begun, other) is not None
 
 
 def test_rows_that_need_a_library_of_their_own_come_right_after_the_first():
