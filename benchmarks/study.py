@@ -9,7 +9,8 @@
       "+evaluation.tasks.lambada={path:data/questions/lambada_openai.jsonl,num_questions:1500}"
       "+evaluation.tasks.piqa={path:data/questions/piqa.jsonl,delimiter:'Answer: ',metric:acc_norm}"
       "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}")
-    python -m benchmarks.study all --out study --minutes 25 "${SETTINGS[@]}"   # without settings again, while anything can be done
+    python -m benchmarks.study all --out study --minutes 25 --rates 4e-4,8e-4,16e-4,32e-4 "${SETTINGS[@]}"
+    python -m benchmarks.study all --out study --minutes 25                   # goes on, while anything can be done
     python -m benchmarks.study page --out study                               # docs/results/study.json, study.md, README's headline
 
 `all` is these, which may be run one by one; each says what is not known yet:
@@ -47,7 +48,7 @@ from omegaconf import DictConfig
 
 from benchmarks import study_page
 from benchmarks.machine import in_folder
-from benchmarks.study_children import Turn, architectures_left, heal, joint, parent, space_of, speeds
+from benchmarks.study_children import Turn, architectures_left, has_weights_of, heal, joint, parent, space_of, speeds
 from benchmarks.study_rows import LIBRARIES, Study
 from puzzle_core.config import ROOT, fill
 from puzzle_core.evaluation import Settings
@@ -122,6 +123,8 @@ def libraries(study: Study, until: float) -> None:
             if left == []:
                 return True
             steps["library"] += space_of(study, left)
+            if study.has_weights(name) and not has_weights_of(study, name, left):
+                (folder / "library.parquet").unlink()  # of fewer variants than are needed now; bld keeps their weights
         study.bring_back(name, list(steps)[-1])
         for table, (stage, *more) in steps.items():
             if (folder / f"{table}.parquet").exists():

@@ -29,6 +29,8 @@ from puzzle_core.serving import hardware_name, side_by_side
 from puzzle_core.spec import SUBBLOCKS, Architecture, Workload
 from puzzle_core.tasks import Answers, Exam
 
+KEY = ["layer", "subblock", "variant"]
+
 
 class TokenizedOnce(Corpus):
     """A corpus that keeps the token sequences that it was asked for last: rows share their text."""
@@ -52,10 +54,18 @@ class Turn:
         return now + max(known_s, default=now - self.start) < self.until
 
 
-def once(study: Study, turn: Turn, kind: str, name: str, known_s: list[float], make: Callable[[], dict]) -> None:
-    """Write what `make` gives to results/KIND/NAME.json, unless it is there, another process is at it, or time is short."""
+def once(
+    study: Study,
+    turn: Turn,
+    kind: str,
+    name: str,
+    known_s: list[float],
+    make: Callable[[], dict],
+    is_known: Callable[[], bool] | None = None,
+) -> None:
+    """Write what `make` gives to results/KIND/NAME.json, unless it is there (and counts), another process is at it, or time is short."""
     with contextlib.suppress(BlockingIOError), lock(study.locks, f"{kind}-{name}"):
-        if not study.file(kind, name).exists() and turn.allows(known_s):
+        if not (is_known or study.file(kind, name).exists)() and turn.allows(known_s):
             start = time.perf_counter()
             found = make()
             found["took_s"] = time.perf_counter() - start
@@ -121,9 +131,11 @@ class Bench:
                     curve = gkd.heal(self.parent, child, self.corpus, settings, self.cfg.seed + row.seed, Path(work))
             clock.append(time.perf_counter())
             rows = evaluation.compare(self.parent.model, child, self.text)
+            if not math.isfinite(rows["child"]["kl"]):
+                raise FloatingPointError(f"KL after GKD is {rows['child']['kl']}")
             answers = evaluation.accuracy_rows(of_parent, self.answers(child))
             record |= {"parent": rows["parent"] | answers["parent"], "after": rows["child"] | answers["child"]}
-        except FloatingPointError as error:
+        except (FloatingPointError, OverflowError) as error:
             record["failed"] = str(error)
         torch.compiler.reset()  # the graphs of this child's layers: torch has room for a few hundred
         clock.append(time.perf_counter())
@@ -209,7 +221,7 @@ def number_of(study: Study, row: Row) -> int | None:
         return 0 if pool else None
     if row.method == "healed-pool":
         kls = brief_kls(study, row)
-        return None if None in kls else kls.index(min(kls))
+        return None if None in kls or min(kls) == math.inf else kls.index(min(kls))
     return (study.read("pools", row.name) or {"chosen": None})["chosen"]
 
 
@@ -252,11 +264,14 @@ def speed_of(architecture: Architecture) -> str:
 def speed(study: Study, architecture: Architecture) -> dict | None:
     """How fast the architecture is, of parent and child; None where it is not known, or the GPU was disturbed meanwhile.
 
-    The parent is timed with each: where it took a twentieth more than at best, somebody else was on the GPU.
+    The parent is timed with each: where it took a twentieth more than at best on the same machine, somebody else was on the GPU.
     """
     found = study.read("speeds", speed_of(architecture))
-    least = min((one["parent"]["latency_ms"] for one in study.all("speeds")), default=None)
-    return None if found is None or found["parent"]["latency_ms"] > 1.05 * least else found
+    if found is None:
+        return None
+    alike = [one for one in study.all("speeds") if all(one[key] == found[key] for key in ("machine", "versions"))]
+    least = min(one["parent"]["latency_ms"] for one in alike)
+    return found if found["parent"]["latency_ms"] <= 1.05 * least else None
 
 
 def is_settled(study: Study, row: Row) -> bool:
@@ -275,13 +290,27 @@ def architectures_left(study: Study, library: str) -> list[Architecture] | None:
     groups, left = groups_of(study.asked) if library == "full" else {}, []
     if not all(study.file("additivity", group).exists() for group in groups):
         return None
-    for row in distinct(study):
-        chosen = study.read("chosen", row.name)
-        if row.library == library and chosen is None:
+    unsettled = {row.name for row in distinct(study) if not is_settled(study, row)}
+    for row in (row for row in study.rows if row.library == library):
+        architecture = architecture_of(study, row)
+        if study.read("chosen", row.name) is None:
             return None
-        if row.library == library and not is_settled(study, row):
+        if needs_measuring(study, row) or row.name in unsettled and architecture is None:
             left += pool_of(study, row)
+        elif row.name in unsettled:
+            left.append(architecture)
     return left
+
+
+def has_weights_of(study: Study, library: str, architectures: list[Architecture] | None) -> bool:
+    """Whether bld has made on this machine what `architectures` need of `library`; None: all that it had first."""
+    if not study.has_weights(library):
+        return False
+    if architectures is None:
+        wanted = set(study.table(library, "library")[KEY].itertuples(index=False, name=None))
+    else:
+        wanted = {(layer, subblock, str(variant)) for one in architectures for layer, subblock, variant in one.rows()}
+    return wanted <= set(tables.read("library", study.folder / library / "library.parquet")[KEY].itertuples(index=False, name=None))
 
 
 def space_of(study: Study, architectures: list[Architecture] | None) -> list[str]:
@@ -297,7 +326,7 @@ def space_of(study: Study, architectures: list[Architecture] | None) -> list[str
 
 
 def parent(study: Study, turn: Turn) -> None:
-    """What the parent answers to evaluation.tasks: asked once, for all children."""
+    """What the parent answers to evaluation.tasks, for all children: without this step each process of `heal` asks for itself."""
 
     def asked() -> dict:
         answers = Bench(study).of_parent
@@ -314,21 +343,28 @@ def heal(study: Study, turn: Turn) -> None:
         return architecture_of(study, row) is not None and study.has_weights(row.library)
 
     def work(rows: list[Row]) -> None:
-        for row in filter(can_be_healed, rows):
+        for row in rows:
+            if row.method == "healed-pool" and study.has_weights(row.library):
+                briefly(row)
+            if not can_be_healed(row):
+                continue
             architecture = architecture_of(study, row)
             name, known_s = healing_of(study, row, architecture), row_seconds(study, row, turn.per_gpu)
             once(study, turn, "healed", name, known_s, lambda: {"row": row.name, **bench().heal(row, architecture, turn.per_gpu)})
 
-    while (left := rates_left(study)) and all(map(can_be_healed, left)) and time.time() < turn.until:
+    def briefly(row: Row) -> None:
+        for architecture in pool_of(study, row):
+            known_s = [one["took_s"] for one in study.all("briefly")]
+            once(study, turn, "briefly", brief_of(study, row, architecture), known_s, lambda: bench().briefly(row, architecture))
+
+    while (left := rates_left(study)) and all(map(can_be_healed, left)):
+        if not any(turn.allows(row_seconds(study, row, turn.per_gpu)) for row in left):
+            break
         work(left)
         time.sleep(1)  # others are at what is left; if they end before it does, it is this one's
     if left:
         print(f"heal: the rows wait for {', '.join(row.name for row in left)}")
         return
-    for row in (row for row in study.rows if row.method == "healed-pool" and study.has_weights(row.library)):
-        for architecture in pool_of(study, row):
-            known_s = [one["took_s"] for one in study.all("briefly")]
-            once(study, turn, "briefly", brief_of(study, row, architecture), known_s, lambda: bench().briefly(row, architecture))
     work(distinct(study))
 
 
@@ -368,10 +404,9 @@ def speeds(study: Study, turn: Turn) -> None:
         return {"architecture": architecture.to_json(), **totals, **made_with(parent())}
 
     for architecture in filter(None, (architecture_of(study, row) for row in study.rows)):
-        if study.read("speeds", speed_of(architecture)) and speed(study, architecture) is None:
-            study.file("speeds", speed_of(architecture)).unlink(missing_ok=True)
         known_s = [one["took_s"] for one in study.all("speeds")]
-        once(study, turn, "speeds", speed_of(architecture), known_s, lambda: timed(architecture))
+        again = (lambda: timed(architecture), lambda: speed(study, architecture) is not None)
+        once(study, turn, "speeds", speed_of(architecture), known_s, *again)
 
 
 def joint(study: Study, turn: Turn) -> None:

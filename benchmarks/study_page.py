@@ -56,7 +56,7 @@ def gathered(study: Study) -> dict:
         "parent": next((one["parent"] for one in healed if "parent" in one), None),
         "parent_timed": min((one["parent"] for one in timed), key=lambda parent: parent["latency_ms"], default=None),
         "rows": of_rows,
-        "foretold": foretold(of_rows),
+        "foretold": foretold(of_rows, study.asked.compared_at),
         "libraries": libraries(study),
         "additivity": additivity(study),
     }
@@ -101,9 +101,9 @@ def row_of(study: Study, row: Row) -> dict:
 
 def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
     """What is known of each of several architectures: variants that are not the parent's, sum of scores, joint KL, KL after brief GKD."""
-    measured, taken = study.read("pools", row.name), number_of(study, row)
-    if len(chosen) < 2 or measured is None:
+    if len(chosen) < 2:
         return None
+    taken, joint = number_of(study, row), (study.read("pools", row.name) or {"joint_kl": [None] * len(chosen)})["joint_kl"]
     briefly = brief_kls(study, row) if row.method == "healed-pool" else [None] * len(chosen)
     return [
         {
@@ -113,7 +113,7 @@ def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
             "healed_kl": None if healed == math.inf else healed,
             "taken": number == taken,
         }
-        for number, (one, kl, healed) in enumerate(zip(chosen, measured["joint_kl"], briefly, strict=True))
+        for number, (one, kl, healed) in enumerate(zip(chosen, joint, briefly, strict=True))
     ]
 
 
@@ -285,12 +285,21 @@ def pools(rows: list[dict]) -> list[str]:
     return lines
 
 
-def foretold(rows: list[dict]) -> dict[str, float | int] | None:
+def foretold(rows: list[dict], at: float) -> dict[str, dict[str, float | int]]:
     """How well the KL after GKD is told by what is known earlier: Spearman's rank correlation over distinct children of whole GKD.
 
-    None of fewer than 3 children. The held-out KL during GKD is that of the first look, where there is one before the last.
+    Over all of them, and over those that were fitted to the speed-up `at`, which is what a choice is made of; not over fewer than 3. The
+    held-out KL during GKD is that of the same run's first look, where there is one before the last.
     """
     distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates")}
+    groups = {
+        "all": list(distinct.values()),
+        f"fitted to {at:g} ×": [row for row in distinct.values() if at <= row["predicted"]["speedup"] <= 1.02 * at],
+    }
+    return {name: _rank_correlations(some) for name, some in groups.items() if len(some) > 2}
+
+
+def _rank_correlations(rows: list[dict]) -> dict[str, float | int]:
     known = pd.DataFrame(
         {
             "sum of scores": row["predicted"]["kl"],
@@ -298,20 +307,18 @@ def foretold(rows: list[dict]) -> dict[str, float | int] | None:
             "held-out KL at the first look during GKD": row["held_out"][1]["held_out_kl"] if len(row["held_out"]) > 2 else None,
             "after": row["after"]["kl"],
         }
-        for row in distinct.values()
+        for row in rows
     )
-    if len(known) < 3:
-        return None
-    told = known.rank().corr()["after"].drop("after").dropna()
-    return {"children": len(known), **told.to_dict()}
+    return {"children": len(rows), **known.rank().corr()["after"].drop("after").dropna().to_dict()}
 
 
-def foretold_lines(told: dict[str, float | int] | None) -> list[str]:
-    if told is None:
+def foretold_lines(groups: dict[str, dict[str, float | int]]) -> list[str]:
+    if not groups:
         return []
-    text = f"Rank correlation with the KL after GKD, over the {told['children']} different children that GKD healed with all its tokens."
-    known = [[name, f"{value:.3f}"] for name, value in told.items() if name != "children"]
-    return ["## What tells the KL after GKD", "", text, "", *table(["known before", "rank correlation"], known)]
+    names = list(dict.fromkeys(name for told in groups.values() for name in told))
+    known = [[group, *(f"{told[name]:.3g}" if name in told else "" for name in names)] for group, told in groups.items()]
+    text = "Rank correlation of the KL after GKD with what is known before, over different children that GKD healed with all its tokens."
+    return ["## What tells the KL after GKD", "", text, "", *table(["of", *names], known)]
 
 
 def accuracies(rows: list[dict], parent: dict | None) -> list[str]:

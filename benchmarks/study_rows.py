@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from puzzle_core import rivals, search, tables
 from puzzle_core.config import composed, fill, plain
 from puzzle_core.constraints import constraints_from
-from puzzle_core.files import read_json, write_json
+from puzzle_core.files import atomic, read_json, write_json
 from puzzle_core.problem import Problem
 from puzzle_core.spec import Architecture, Workload
 from puzzle_core.targets import expressible
@@ -29,8 +29,8 @@ RIVALS = {
     "depth": "whole layers dropped",
     "rl": "reinforcement learning",
 }
-POOLS = {  # how others than the best are found, from which one is taken once their children are measured, or healed briefly and measured
-    "pool": {},
+POOLS = {  # how others than the best are found, of which one is taken once their children are measured, or healed briefly and measured
+    "pool": {},  # search.pool_distance apart
     "healed-pool": {"pool_weights": 4.0, "pool_distance": 4},
 }
 LOSSES = {  # of GKD, as in the paper's ablation (arXiv 2411.19146): weights of LM, cosine, KL
@@ -52,7 +52,7 @@ class Asked:
     speedups: list[float] = field(default_factory=lambda: [1.25, 1.5, 2.0])
     compared_at: float = 1.5  # the speed-up of all rows but the first ones
     seeds: int = 3  # of GKD, at each speed-up
-    pool: int = 16  # solutions, search.pool_distance apart
+    pool: int = 16  # solutions of each of POOLS
     ablation_tokens: int = 4_194_304  # of GKD, for the rows that compare its losses
     rates: list[float] = field(default_factory=list)  # of GKD's learning, compared with as few tokens; the best is all other rows'
     random: int = 100  # architectures whose joint KL is held against the sum of scores
@@ -151,7 +151,8 @@ class Study:
         kept.mkdir(parents=True, exist_ok=True)
         for table in (self.folder / library).glob("*.parquet"):
             if not (kept / table.name).exists():
-                shutil.copy(table, kept)
+                with atomic(kept / table.name) as part:
+                    shutil.copy(table, part)
 
     def bring_back(self, library: str, name: str) -> None:
         """The table `name` of `library`, where an earlier machine has made it."""

@@ -41,12 +41,12 @@ class Settings:
     batch_size: int  # sequences a step, of all processes
     train_tokens: int
     lr: float
-    warmup_fraction: float = 0.02
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    kl_weight: float = 1.0
-    cosine_weight: float = 1.0
-    save_every_steps: int | None = None  # None: nothing to go on from
+    warmup_fraction: float
+    weight_decay: float
+    grad_clip: float
+    kl_weight: float
+    cosine_weight: float
+    save_every_steps: int | None  # None: nothing to go on from
     lm_weight: float = 0.0
     temperature: float = 1.0  # of the KL
     micro_batch_size: int | None = None  # sequences of a process at a time; None: its whole share of a step

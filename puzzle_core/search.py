@@ -92,16 +92,18 @@ def solve(
     start: Sequence[int] | None = None,
     unlike: Sequence[Solution] = (),
     distance: int = 1,
+    factor_O: np.ndarray | None = None,
 ) -> Solution:
     """The architecture of least `objective` within `constraints`, `distance` choices from each of `unlike`, and its proof.
 
+    With `factor_O` each option counts so many times in what is made least, in no constraint; the proof is then of that sum.
     `start` are the rows of an architecture to begin from. InfeasibleError or TimeoutError if there is no solution.
     """
     begin = time.perf_counter()
     deadline = begin + time_limit_s
     total = lookup(objective, problem)[0]
     weight_O, outside = problem.shares(total)
-    program = program_of(problem, weight_O, constraints, unlike, distance)
+    program = program_of(problem, weight_O if factor_O is None else weight_O * factor_O, constraints, unlike, distance)
     try:
         found = mip.minimise(program, deadline, None if start is None else np.array(start))
     except mip.OutOfTimeError as error:
@@ -182,15 +184,13 @@ def _by_other_weights(
         left_s = deadline - time.perf_counter()
         if len(others) == settings.pool_size - 1 or left_s <= 0:
             break
-        weights = settings.pool_weights ** draws.uniform(-1, 1, len(kinds))
-        weighted = replace(problem, score_O=problem.score_O * weights[index_O], _shares={})
+        factors = settings.pool_weights ** draws.uniform(-1, 1, len(kinds))
         try:
-            found = solve(weighted, constraints, left_s)
+            found = solve(problem, constraints, left_s, factor_O=factors[index_O])
         except TimeoutError:
             break
         if all(_differing(found.architecture, other.architecture) >= settings.pool_distance for other in (first, *others)):
-            score = problem.score(problem.rows_of(found.architecture))
-            others.append(replace(found, score=score, bound=min(first.bound, score), status="feasible"))  # the first's is of all
+            others.append(replace(found, bound=min(first.bound, found.score), status="feasible"))  # the first's bound is of all
     yield from (first, *sorted(others, key=lambda solution: solution.score))
 
 

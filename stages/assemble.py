@@ -20,7 +20,7 @@ def run(cfg):
         weights_of = tables.variant_files(tables.read("library", data / "library.parquet"), data / "blocks")
         corpus, settings = Corpus(parent.tokenizer, plain(cfg.corpus)), fill(evaluation.Settings, cfg.evaluation)
         reported, measured = settings.batches(corpus), fill(realised.Settings, cfg.realised)
-        healing = fill(gkd.Settings, cfg.realised.heal) if measured.heal else None
+        healing = None if measured.heal is None else fill(gkd.Settings, cfg.realised.heal)
         more = (healing, cfg.seed, out / ".pool")
         solution, compared = pools.best_of(parent, pool, weights_of, corpus, reported, measured, *more)
         child = make_child(parent, solution.architecture, weights_of)

@@ -25,6 +25,10 @@ from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, Varia
 
 MIXED = architecture("no_op w80", "linear parent", "kv1 no_op", "parent linear")
 CPU = torch.device("cpu")
+HEAL = (
+    "{seq_len:64,batch_size:4,train_tokens:1024,lr:2e-3,warmup_fraction:0.1,weight_decay:0,grad_clip:1,kl_weight:1,cosine_weight:1,"
+    "save_every_steps:null}"
+)
 IDS = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -216,7 +220,7 @@ def test_assemble_keeps_the_solution_of_the_pool_whose_child_is_nearest_to_the_p
     assert alone == solution_of(MIXED) and rows == [{"solution": 1, "predicted": 0.25, "realised": None, "healed": None, "chosen": 1}]
 
 
-def test_assemble_keeps_the_solution_whose_child_is_nearest_after_brief_gkd_and_heals_none_twice(data, tmp_path, monkeypatch):
+def test_assemble_keeps_the_solution_whose_child_is_nearest_after_brief_gkd_and_heals_none_twice(data, tmp_path, monkeypatch, capsys):
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("child", ".*"))
     data, healed_kl, killed_at = tmp_path / "data", pools.healed_kl, [2]
     calls = []
@@ -228,7 +232,7 @@ def test_assemble_keeps_the_solution_whose_child_is_nearest_after_brief_gkd_and_
         return healed_kl(*arguments)
 
     monkeypatch.setattr(pools, "healed_kl", healed)
-    cfg = config(data, "realised.heal={seq_len:64,batch_size:4,train_tokens:1024,lr:2e-3}")
+    cfg = config(data, "realised.heal=" + HEAL)
     with pytest.raises(KeyboardInterrupt):
         stages.assemble.run(cfg)
     killed_at[0] = 0
@@ -236,20 +240,23 @@ def test_assemble_keeps_the_solution_whose_child_is_nearest_after_brief_gkd_and_
     pool, rows = read_json(data / "pool.json"), read_json(data / "plots" / "pool.json")
     assert calls == [Architecture.from_json(pool[n]["architecture"]) for n in (0, 1, 1)]  # the killed run's first is not done again
     assert all(0 < row["healed"] < row["realised"] for row in rows)
+    stages.assemble.run(config(data, "realised.heal=" + HEAL, "evaluation.repeats=2"))
+    assert len(calls) == 3
+    stages.assemble.run(config(data, "realised.heal=" + HEAL, "evaluation.text.num_tokens=1024"))  # the pool's text is another one then
+    assert len(calls) == 5
     least = min(rows, key=lambda row: row["healed"])
     assert least["chosen"] and read_json(data / "chosen.json") == pool[least["solution"] - 1]
     assert "after brief GKD" in pools.choice(rows)
-    (stale, _), num_calls = list((data / ".pool").glob("*.json")), len(calls)
-    write_json(stale.with_name("other.json"), {"kl": 0.0})
+    stale = list((data / ".pool").glob("*.json"))
     monkeypatch.setattr(pools, "healed_kl", lambda *arguments: None)  # it diverges
     with pytest.raises(SystemExit):
-        stages.assemble.run(config(data, "realised.heal={seq_len:64,batch_size:4,train_tokens:1024,lr:100}"))
-    assert len(calls) == num_calls and not stale.exists() and not stale.with_name("other.json").exists()
+        stages.assemble.run(config(data, "realised.heal=" + HEAL.replace("2e-3", "100")))
+    assert "lower lr in realised.heal" in capsys.readouterr().err and not any(path.exists() for path in stale)
 
 
 def test_a_child_that_diverges_in_brief_gkd_has_no_kl(parent, tmp_path):
     corpus, batches = Corpus(parent.tokenizer, EXCERPT), [np.ones((2, 24), dtype=np.int64)]
-    healing = gkd.Settings(seq_len=32, batch_size=2, train_tokens=640, lr=1e30, grad_clip=1e30)
+    healing = gkd.Settings(32, 2, 640, 1e30, 0.1, 0.0, 1e30, 1.0, 1.0, None)
     assert pools.healed_kl(parent, MIXED, variants(parent, tmp_path), corpus, batches, healing, 0) is None
 
 

@@ -79,6 +79,11 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert 0 < len(made) < len(kept)  # the variants of one row's child
     step(results, "heal")
     assert json.loads(lost.read_text())["after"] == before["after"]
+    (results / "pools" / "healed-pool.json").unlink()
+    step(results, "libraries")  # more variants than are there: of those whose joint KL is not known any more
+    assert len(made) <= len(pd.read_parquet(results.parent / "full/library.parquet")) <= len(kept)
+    step(results, "joint")
+    assert (results / "pools" / "healed-pool.json").exists()
     step(results, "page")
     written = json.loads((tmp_path / "docs/results/study.json").read_text())
     rows = {row["name"]: row for row in written["rows"]}
@@ -132,12 +137,14 @@ def test_a_row_is_begun_only_where_it_can_end(monkeypatch):
 def test_a_time_does_not_count_where_the_parent_was_slower_than_at_best(tmp_path):
     begun, one, other = study_rows.Study(tmp_path), Architecture.uniform(2), Architecture.uniform(3)
     assert study_children.speed(begun, one) is None
-    for architecture, parent_ms in ((one, 104.0), (other, 100.0)):
-        times = {"parent": {"latency_ms": parent_ms}, "child": {"speedup": 1.5}}
+
+    def timed(architecture: Architecture, parent_ms: float, machine: str = "some GPU") -> bool:
+        times = {"parent": {"latency_ms": parent_ms}, "machine": machine, "versions": {"torch": "2"}}
         write_json(begun.file("speeds", study_children.speed_of(architecture)), times)
-    assert study_children.speed(begun, one)["child"] == study_children.speed(begun, other)["child"] == {"speedup": 1.5}
-    write_json(begun.file("speeds", study_children.speed_of(one)), {"parent": {"latency_ms": 106.0}, "child": {"speedup": 1.7}})
-    assert study_children.speed(begun, one) is None and study_children.speed(begun, other) is not None
+        return study_children.speed(begun, architecture) is not None
+
+    assert timed(other, 100.0) and timed(one, 104.0) and not timed(one, 106.0)
+    assert timed(one, 106.0, "another GPU") and study_children.speed(begun, other) is not None
 
 
 def test_rows_that_need_a_library_of_their_own_come_right_after_the_first():
@@ -168,17 +175,19 @@ def test_children_are_the_same_where_bld_changed_no_variant_of_theirs(tmp_path, 
 
 
 def test_what_tells_the_kl_after_gkd_is_asked_of_distinct_children_of_whole_gkd():
-    def row(healing: str, told: float, after: float, group: str = "mip", seed: int = 0) -> dict:
+    def row(healing: str, told: float, after: float, group: str = "mip", seed: int = 0, speedup: float = 1.5) -> dict:
         looks = [{"held_out_kl": kl} for kl in (9.0, -after, after)]
         known = {"healing": healing, "group": group, "seed": seed, "held_out": looks, "before": {"kl": told}, "after": {"kl": after}}
-        return {**known, "predicted": {"kl": told}}
+        return {**known, "predicted": {"kl": told, "speedup": speedup}}
 
-    rows = [row("a", 1.0, 2.0), row("a", 1.0, 2.0, "rivals"), row("b", 2.0, 1.0), row("c", 3.0, 3.0)]
+    rows = [row("a", 1.0, 2.0), row("a", 1.0, 2.0, "rivals"), row("b", 2.0, 1.0), row("c", 3.0, 3.0), row("g", 4.0, 0.5, speedup=2.0)]
     others = [row("d", 0.0, 9.0, "losses"), row("e", 0.0, 9.0, seed=1), {"healing": "f", "missing": "not healed"}]
-    told = study_page.foretold([*rows, *others])
-    assert told["children"] == 3 and told["sum of scores"] == told["joint KL before GKD"] == pytest.approx(0.5)
-    assert told["held-out KL at the first look during GKD"] == pytest.approx(-1.0)
-    assert study_page.foretold([*rows[:3], *others]) is None and study_page.foretold_lines(None) == []
+    told = study_page.foretold([*rows, *others], 1.5)
+    assert told["all"]["children"] == 4 and told["all"]["sum of scores"] == pytest.approx(-0.4)
+    fitted = told["fitted to 1.5 ×"]
+    assert fitted["children"] == 3 and fitted["sum of scores"] == fitted["joint KL before GKD"] == pytest.approx(0.5)
+    assert fitted["held-out KL at the first look during GKD"] == pytest.approx(-1.0)
+    assert study_page.foretold([*rows[:3], *others], 1.5) == {} and study_page.foretold_lines({}) == []
 
 
 def test_questions_that_cannot_be_asked_are_an_error_before_anything_is_begun(tmp_path, monkeypatch, capsys):
