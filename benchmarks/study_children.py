@@ -203,14 +203,15 @@ def needs_measuring(study: Study, row: Row) -> bool:
     return len(pool_of(study, row)) > 1 and study.read("pools", row.name) is None
 
 
-def brief_of(study: Study, row: Row, architecture: Architecture) -> str:
-    """The name of what comes of brief GKD of an architecture of the row's pool."""
-    return fingerprint(origins(study, row.library, architecture), architecture.to_json(), asdict(brief_settings(study)), row.seed)
+def brief_names(study: Study, row: Row) -> list[str]:
+    """The name of what comes of brief GKD, of each architecture of the row's pool."""
+    settings = asdict(brief_settings(study))
+    return [fingerprint(origins(study, row.library, one), one.to_json(), settings, row.seed) for one in pool_of(study, row)]
 
 
 def brief_kls(study: Study, row: Row) -> list[float | None]:
     """The KL after brief GKD of each of the row's architectures, infinite where that diverged; None where it is not known."""
-    found = [study.read("briefly", brief_of(study, row, architecture)) for architecture in pool_of(study, row)]
+    found = [study.read("briefly", name) for name in brief_names(study, row)]
     return [one and (math.inf if one["kl"] is None else one["kl"]) for one in found]
 
 
@@ -239,12 +240,18 @@ def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
 
 def origins(study: Study, library: str, architecture: Architecture) -> list[str]:
     """What determines the weights of each variant: how it was initialised, or the library where that is not all."""
-    table = study.table(library, "library").set_index(["layer", "subblock", "variant"])[["init", "outcome"]]
+    known = _origins(study, library)
+    return [known[layer, subblock, str(variant)] for layer, subblock, variant in architecture.rows()]
+
+
+@lru_cache
+def _origins(study: Study, library: str) -> dict[tuple[int, str, str], str]:
+    """Of every variant in the kept table, which stays as it is: rows and pools ask for it many times."""
     known = {}
-    for key, init, outcome in table.itertuples():
+    for key, init, outcome in study.table(library, "library").set_index(KEY)[["init", "outcome"]].itertuples():
         of_library = outcome not in ("untrained", "rolled back") or init.startswith(("halves", "random"))  # trained halves; drawn anew
         known[key] = library if of_library else init
-    return [known[layer, subblock, str(variant)] for layer, subblock, variant in architecture.rows()]
+    return known
 
 
 def distinct(study: Study) -> list[Row]:
@@ -353,9 +360,9 @@ def heal(study: Study, turn: Turn) -> None:
             once(study, turn, "healed", name, known_s, lambda: {"row": row.name, **bench().heal(row, architecture, turn.per_gpu)})
 
     def briefly(row: Row) -> None:
-        for architecture in pool_of(study, row):
+        for name, architecture in zip(brief_names(study, row), pool_of(study, row), strict=True):
             known_s = [one["took_s"] for one in study.all("briefly")]
-            once(study, turn, "briefly", brief_of(study, row, architecture), known_s, lambda: bench().briefly(row, architecture))
+            once(study, turn, "briefly", name, known_s, lambda: bench().briefly(row, architecture))
 
     while (left := rates_left(study)) and all(map(can_be_healed, left)):
         if not any(turn.allows(row_seconds(study, row, turn.per_gpu)) for row in left):
