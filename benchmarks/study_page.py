@@ -7,7 +7,17 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import demo
-from benchmarks.study_children import architecture_of, brief_kls, gkd_json, healing_of, needs_measuring, number_of, rate_of, speed
+from benchmarks.study_children import (
+    architecture_of,
+    brief_kls,
+    brief_names,
+    gkd_json,
+    healing_of,
+    needs_measuring,
+    number_of,
+    rate_of,
+    speed,
+)
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
@@ -25,7 +35,7 @@ HEADINGS = {
     "rates": "Learning rates of GKD",
 }
 COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
-           "accuracy retained", "search, GKD, s"]  # fmt: skip
+           "accuracy retained", "choosing, GKD, s"]  # fmt: skip
 
 
 def write(study: Study) -> Path:
@@ -90,6 +100,7 @@ def row_of(study: Study, row: Row) -> dict:
     predicted = chosen["pool"][number_of(study, row)]
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
+    known |= {"choosing_s": chosen["seconds"] + sum(one["took_s"] for one in measured(study, row))}
     known |= {"pool": pool(study, row, chosen["pool"]), "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
     known["timed"] = (speed(study, architecture) or {}).get("child")
     healed = study.read("healed", known["healing"])
@@ -97,6 +108,12 @@ def row_of(study: Study, row: Row) -> dict:
         return known | {"missing": "not healed"}
     known |= {key: healed[key] for key in ("before", "after", "held_out", "seconds", "per_gpu", "machine") if key in healed}
     return known | ({"missing": healed["failed"]} if "failed" in healed else {})
+
+
+def measured(study: Study, row: Row) -> list[dict]:
+    """What was found out of the children of the row's pool: their joint KLs together, each one's brief GKD."""
+    names = brief_names(study, row) if row.method == "healed-pool" else []
+    return [*filter(None, [study.read("pools", row.name), *(study.read("briefly", name) for name in names)])]
 
 
 def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
@@ -163,7 +180,8 @@ def page(found: dict) -> str:
         "of the chosen variants' KL scores. Accuracy retained: child over "
         f"parent, each less chance, over all tasks ({', '.join(found['tasks']) or 'none were asked'}). ± is one standard error, over the "
         "text's sequences or the questions. Realised speed-ups are of each architecture, timed in turn with the parent, alone on a GPU; "
-        f"seconds of GKD are those of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
+        f"seconds of GKD are those of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once, and so is brief "
+        "GKD among those of choosing: the search and all that is measured of a pool.", "",
     ]  # fmt: skip
     if parent is not None:
         speed = f", {found['parent_timed']['throughput_tokens_per_s']:,.0f} generated tokens/s" if found["parent_timed"] else ""
@@ -178,7 +196,7 @@ def page(found: dict) -> str:
         where = "" if group == "mip" else f", at a speed-up of {at:g}"
         lines += [f"## {heading}{where}", ""]
         lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses", "rates") else [rows[0], *mine])])
-        lines += seeds(mine) if group == "mip" else pools(mine) if group == "pool" else []
+        lines += seeds(mine) if group == "mip" else pools(mine, asked["ablation_tokens"]) if group == "pool" else []
     lines += foretold_lines(found["foretold"]) + accuracies(rows, parent)
     lines += library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
     lines += ["## Commands", ""]
@@ -210,7 +228,7 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
     return [
         *known, realised, f"{predicted['kl']:.4f}", _with_error(row["before"], "kl", "{:.4f}"),
         _with_error(after, "kl", "{:.4f}") if row["gkd"] else "not trained", f"{after['perplexity']:.2f}", f"{after['top1_agreement']:.1%}",
-        _with_error(after, "accuracy_retained", "{:.1%}"), f"{row['search_s']:.1f}, {row['seconds']['heal']:.0f}",
+        _with_error(after, "accuracy_retained", "{:.1%}"), f"{row['choosing_s']:.1f}, {row['seconds']['heal']:.0f}",
     ]  # fmt: skip
 
 
@@ -239,12 +257,21 @@ def in_short(rows: list[dict], at: float) -> list[str]:
         kl, least = mine["after"]["kl"], best["after"]["kl"]
         lines.append(
             f"- KL after GKD at {at:g} ×: {kl:.4f}; of the best other child of a rival ({best['title']}) {least:.4f}: "
-            f"{abs(1 - kl / least):.1%} {'less' if kl < least else 'more'}; aim 25 % less."
+            f"{_less(kl, least)}; aim 25 % less."
         )
+    for row in (row for row in rows if row["group"] == "pool" and "after" in row and row["healing"] != mine["healing"]):
+        kl, kept = row["after"]["kl"], _with_error(row["after"], "accuracy_retained", "{:.1%}")
+        known = [f"KL after GKD {kl:.4f}, {_less(kl, mine['after']['kl'])} than the MIP's"]
+        known += [f"{_less(kl, best['after']['kl'])} than that rival's"] if best else []
+        lines.append(f"- The {label(row)}: {', '.join(known)}{kept and f'; accuracy over chance retained {kept}'}.")
     alike = [row for row in rows if row["speedup_asked"] == at and "after" in row and row["gkd"]]
     if (nearest := min(alike, key=lambda row: row["after"]["kl"]))["healing"] != mine["healing"]:
         lines.append(f"- The least KL after GKD of all children at {at:g} ×: {nearest['after']['kl']:.4f} ({label(nearest)}).")
     return [*lines, ""] if lines else []
+
+
+def _less(value: float, other: float) -> str:
+    return f"{abs(1 - value / other):.1%} {'less' if value < other else 'more'}"
 
 
 def headline(found: dict) -> str:
@@ -254,7 +281,10 @@ def headline(found: dict) -> str:
         return ""
     after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
     kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
-    rival = f" (the best other child of a rival, {best['title']}: {best['after']['kl']:.3f})" if best else ""
+    others = [row for row in found["rows"] if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
+    beside = [f"{label(row)}: {row['after']['kl']:.3f}" for row in others]
+    beside += [f"best other child of a rival, {best['title']}: {best['after']['kl']:.3f}"] if best else []
+    rival = f" ({'; '.join(beside)})" if beside else ""
     return (
         f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
         f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])},{kept} has a KL to it of {after['kl']:.3f}{rival}. "
@@ -273,11 +303,12 @@ def seeds(rows: list[dict]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def pools(rows: list[dict]) -> list[str]:
+def pools(rows: list[dict], brief_tokens: int) -> list[str]:
     lines = []
     for row in (row for row in rows if row.get("pool")):
-        lines += [f"{label(row)}: joint KL before GKD, and KL after brief GKD where that decides, both on other text.", ""]
-        known = []
+        known, briefly = [], [one for one in row["pool"] if one["healed_kl"] is not None]
+        text = f", and KL after brief GKD: {brief_tokens:,} tokens of each of {len(briefly)}" if briefly else ""
+        lines += [f"{label(row)}: joint KL before GKD{text}; on other text than the rows' KL.", ""]
         for one in row["pool"]:
             kls = ("" if one[name] is None else f"{one[name]:.4f}" for name in ("predicted", "joint_kl", "healed_kl"))
             known.append([one["variants"], *kls, "taken" if one["taken"] else ""])

@@ -102,6 +102,8 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     brief = [one["healed_kl"] for one in rows["healed-pool"]["pool"]]
     assert min(brief) > 0 and [one["taken"] for one in rows["healed-pool"]["pool"]] == [kl == min(brief) for kl in brief]
     assert all(one["healed_kl"] is None for one in rows["pool"]["pool"])
+    took_s = sum(json.loads(path.read_text())["took_s"] for path in results.glob("briefly/*"))
+    assert rows["healed-pool"]["choosing_s"] > took_s > 0 and mip["choosing_s"] == mip["search_s"]
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
     assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
