@@ -215,6 +215,11 @@ def brief_kls(study: Study, row: Row) -> list[float | None]:
     return [one and (math.inf if one["kl"] is None else one["kl"]) for one in found]
 
 
+def all_diverged(study: Study, row: Row) -> bool:
+    """Whether brief GKD of every child of the row's pool diverged: then none can be taken."""
+    return row.method == "healed-pool" and {math.inf} == set(brief_kls(study, row))
+
+
 def number_of(study: Study, row: Row) -> int | None:
     """Which of the row's architectures it takes; None where that is not known yet, or there is none."""
     pool = pool_of(study, row)
@@ -222,7 +227,7 @@ def number_of(study: Study, row: Row) -> int | None:
         return 0 if pool else None
     if row.method == "healed-pool":
         kls = brief_kls(study, row)
-        return None if None in kls or min(kls) == math.inf else kls.index(min(kls))
+        return None if None in kls or all_diverged(study, row) else kls.index(min(kls))
     return (study.read("pools", row.name) or {"chosen": None})["chosen"]
 
 
@@ -285,7 +290,7 @@ def is_settled(study: Study, row: Row) -> bool:
     """Whether the row's child is healed and measured, or there is none."""
     chosen, architecture = study.read("chosen", row.name), architecture_of(study, row)
     if architecture is None:
-        return chosen is not None and not chosen["pool"]
+        return chosen is not None and (not chosen["pool"] or all_diverged(study, row))
     return study.file("healed", healing_of(study, row, architecture)).exists()
 
 

@@ -1,6 +1,7 @@
 """The study's page: everything that its small files say, brought together. What is missing is said to be missing."""
 import collections
 import math
+import shlex
 import statistics
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pandas as pd
 
 from benchmarks import demo
 from benchmarks.study_children import (
+    all_diverged,
     architecture_of,
     brief_kls,
     brief_names,
@@ -34,6 +36,7 @@ HEADINGS = {
     "losses": "Losses of GKD",
     "rates": "Learning rates of GKD",
 }
+FITTED = 1.02  # at most so many times the speed-up that was asked for: a child as fast as others that were fitted to it
 COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
            "accuracy retained", "choosing, GKD, s"]  # fmt: skip
 
@@ -54,6 +57,7 @@ def gathered(study: Study) -> dict:
     return {
         "asked": read_json(study.results / "asked.json"),
         "workload": str(cfg.workload.batch_size) + f" × ({cfg.workload.prompt_len} + {cfg.workload.generation_len})",
+        "serving": cfg.hardware.serving,
         "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
         "lr": rate_of(study) or cfg.gkd.lr,
         "tasks": plain(cfg.evaluation).get("tasks") or {},
@@ -96,7 +100,8 @@ def row_of(study: Study, row: Row) -> dict:
     if not chosen["pool"]:
         return known | {"missing": "it found nothing that fits", "search_s": chosen["seconds"]}
     if architecture is None:
-        return known | {"missing": "the pool's children were not all measured"}
+        why = "brief GKD of all its children diverged" if all_diverged(study, row) else "the pool's children were not all measured"
+        return known | {"missing": why}
     predicted = chosen["pool"][number_of(study, row)]
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
@@ -172,16 +177,19 @@ def page(found: dict) -> str:
     lines = [
         "# Study: is it the search that did it?", "",
         "Written by `python -m benchmarks.study page` from what the commands below wrote; `study.json` beside it has all figures, each "
-        f"row's architecture and curve. Workload: {found['workload']} (sequences × prompt + generated tokens). Machine: "
-        f"{', '.join(found['machines']) or 'none yet'}; {'; '.join(found['versions'])}. GPU time of all commands together: "
-        f"{found['gpu_minutes']:.1f} minutes.", "",
-        f"GKD: {found['gkd_tokens']:,} tokens for each row at a learning rate of {found['lr']:g}, except where losses and learning rates "
-        f"are compared: {asked['ablation_tokens']:,} tokens. KL to the parent in nats a token, on held-out text; predicted is the sum "
-        "of the chosen variants' KL scores. Accuracy retained: child over "
-        f"parent, each less chance, over all tasks ({', '.join(found['tasks']) or 'none were asked'}). ± is one standard error, over the "
-        "text's sequences or the questions. Realised speed-ups are of each architecture, timed in turn with the parent, alone on a GPU; "
-        f"seconds of GKD are those of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once, and so is brief "
-        "GKD among those of choosing: the search and all that is measured of a pool.", "",
+        "row's architecture and curve.", "",
+        f"- Workload: {found['workload']} (sequences × prompt + generated tokens), hardware.serving {found['serving']} (on a GPU auto is "
+        "cuda_graph). Realised speed-ups are of each architecture with random weights, in turn with the parent, alone on a GPU.",
+        f"- Machine: {', '.join(found['machines']) or 'none yet'}; {'; '.join(found['versions'])}. GPU time of all commands together: "
+        f"{found['gpu_minutes']:.1f} minutes.",
+        f"- GKD: {found['gkd_tokens']:,} tokens for each row; {asked['ablation_tokens']:,} where losses and learning rates are compared, "
+        f"and for brief GKD. Learning rate {found['lr']:g}: of those compared, on the MIP's own child, the one with the least KL.",
+        "- KL to the parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores.",
+        f"- Accuracy retained: child over parent, each less chance, over the tasks ({', '.join(found['tasks']) or 'none were asked'}) on "
+        "which the parent is two standard errors above chance.",
+        "- ± is one standard error, over the text's sequences or the questions.",
+        "- Seconds of choosing are those of the search and of all that is measured of a pool; they and those of GKD are of "
+        f"{' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
     ]  # fmt: skip
     if parent is not None:
         speed = f", {found['parent_timed']['throughput_tokens_per_s']:,.0f} generated tokens/s" if found["parent_timed"] else ""
@@ -196,12 +204,20 @@ def page(found: dict) -> str:
         where = "" if group == "mip" else f", at a speed-up of {at:g}"
         lines += [f"## {heading}{where}", ""]
         lines += table(["row", *COLUMNS], [cells(row, rows) for row in (mine if group in ("mip", "losses", "rates") else [rows[0], *mine])])
-        lines += seeds(mine) if group == "mip" else pools(mine, asked["ablation_tokens"]) if group == "pool" else []
+        lines += seeds(mine) if group == "mip" else pools(mine, asked) if group == "pool" else []
     lines += foretold_lines(found["foretold"]) + accuracies(rows, parent)
     lines += library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
-    lines += ["## Commands", ""]
-    commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"])] for one in found["commands"]]
-    return "\n".join(lines + table(["command", "minutes", "GPUs"], commands)).rstrip() + "\n"
+    lines += ["## Commands", "", f"As one command: `{as_one_command(asked)}`. It was made by these:", ""]
+    commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"]), one.get("note", "")] for one in found["commands"]]
+    return "\n".join(lines + table(["command", "minutes", "GPUs", "note"], commands)).rstrip() + "\n"
+
+
+def as_one_command(asked: dict) -> str:
+    """The command that asks for all of the study anew."""
+    others = {key: value for key, value in asked.items() if key != "overrides" and value != getattr(Asked(), key)}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in others.items()}
+    options = [word for key, text in texts.items() for word in (f"--{key.replace('_', '-')}", text)]
+    return shlex.join(["python", "-m", "benchmarks.study", "all", "--out", "study", *options, *asked["overrides"]])
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -244,26 +260,29 @@ def best_other(rows: list[dict]) -> dict | None:
     return min(others, key=lambda row: row["after"]["kl"], default=None)
 
 
+def same_child(rows: list[dict]) -> list[str]:
+    """The rivals that chose the child of the first row."""
+    return [row["title"] for row in rows if row["group"] == "rivals" and row.get("healing") == rows[0]["healing"]]
+
+
 def in_short(rows: list[dict], at: float) -> list[str]:
     """What was aimed at beside what came of it, as far as it is known."""
     mine, best, lines = rows[0], best_other(rows), []
     if "after" not in mine:
         return []
+    kl = mine["after"]["kl"]
     if "accuracy_retained" in mine["after"]:
         lines.append(f"- Accuracy over chance retained at {at:g} ×: {_with_error(mine['after'], 'accuracy_retained', '{:.1%}')}; aim 95 %.")
-    if same := [row["title"] for row in rows if row["group"] == "rivals" and row.get("healing") == mine["healing"]]:
-        lines.append(f"- At {at:g} × these chose the very child that the MIP chose: {', '.join(same)}.")
+    lines.append(f"- KL after GKD at {at:g} ×: {kl:.4f}; aim 25 % less than the best rival's.")
+    if same := same_child(rows):
+        lines.append(f"- The very child that the MIP chose was chosen by: {', '.join(same)}. Its KL is 0 % less than theirs.")
     if best:
-        kl, least = mine["after"]["kl"], best["after"]["kl"]
-        lines.append(
-            f"- KL after GKD at {at:g} ×: {kl:.4f}; of the best other child of a rival ({best['title']}) {least:.4f}: "
-            f"{_less(kl, least)}; aim 25 % less."
-        )
+        least = best["after"]["kl"]
+        lines.append(f"- The best of the rivals' other children ({best['title']}): KL {least:.4f}; the MIP's is {_less(kl, least)}.")
     for row in (row for row in rows if row["group"] == "pool" and "after" in row and row["healing"] != mine["healing"]):
-        kl, kept = row["after"]["kl"], _with_error(row["after"], "accuracy_retained", "{:.1%}")
-        known = [f"KL after GKD {kl:.4f}, {_less(kl, mine['after']['kl'])} than the MIP's"]
-        known += [f"{_less(kl, best['after']['kl'])} than that rival's"] if best else []
-        lines.append(f"- The {label(row)}: {', '.join(known)}{kept and f'; accuracy over chance retained {kept}'}.")
+        of_pool, kept = row["after"]["kl"], _with_error(row["after"], "accuracy_retained", "{:.1%}")
+        known = f"KL after GKD {of_pool:.4f}, {_less(of_pool, kl)} than the MIP's"
+        lines.append(f"- The {label(row)}: {known}{kept and f'; accuracy over chance retained {kept}'}.")
     alike = [row for row in rows if row["speedup_asked"] == at and "after" in row and row["gkd"]]
     if (nearest := min(alike, key=lambda row: row["after"]["kl"]))["healing"] != mine["healing"]:
         lines.append(f"- The least KL after GKD of all children at {at:g} ×: {nearest['after']['kl']:.4f} ({label(nearest)}).")
@@ -282,8 +301,9 @@ def headline(found: dict) -> str:
     after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
     kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
     others = [row for row in found["rows"] if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
-    beside = [f"{label(row)}: {row['after']['kl']:.3f}" for row in others]
+    beside = [f"the same child is that of {' and '.join(same)}" for same in [same_child(found["rows"])] if same]
     beside += [f"best other child of a rival, {best['title']}: {best['after']['kl']:.3f}"] if best else []
+    beside += [f"{label(row)}: {row['after']['kl']:.3f}" for row in others]
     rival = f" ({'; '.join(beside)})" if beside else ""
     return (
         f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
@@ -303,16 +323,21 @@ def seeds(rows: list[dict]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def pools(rows: list[dict], brief_tokens: int) -> list[str]:
+def pools(rows: list[dict], asked: dict) -> list[str]:
     lines = []
     for row in (row for row in rows if row.get("pool")):
-        known, briefly = [], [one for one in row["pool"] if one["healed_kl"] is not None]
-        text = f", and KL after brief GKD: {brief_tokens:,} tokens of each of {len(briefly)}" if briefly else ""
-        lines += [f"{label(row)}: joint KL before GKD{text}; on other text than the rows' KL.", ""]
+        known, healed = [], [one for one in row["pool"] if one["healed_kl"] is not None]
+        text = f"{len(row['pool'])} solutions of {asked['pool']} asked for, found in {row['search_s']:.1f} s. Joint KL before GKD"
+        text += f", and KL after {asked['ablation_tokens']:,} tokens of GKD each" if healed else ""
+        lines += [f"{label(row)}: {text}; on other text than the rows' KL.", ""]
         for one in row["pool"]:
             kls = ("" if one[name] is None else f"{one[name]:.4f}" for name in ("predicted", "joint_kl", "healed_kl"))
             known.append([one["variants"], *kls, "taken" if one["taken"] else ""])
         lines += table(["variants", "sum of scores", "joint KL", "KL after brief GKD", ""], known)
+        if len(healed) > 2:
+            told = pd.DataFrame(healed)[["predicted", "joint_kl", "healed_kl"]].rank().corr()["healed_kl"]
+            told = f"{told['predicted']:.3g} of the sum of scores, {told['joint_kl']:.3g} of the joint KL before it"
+            lines += [f"Rank correlation with the KL after brief GKD: {told}.", ""]
     return lines
 
 
@@ -320,12 +345,16 @@ def foretold(rows: list[dict], at: float) -> dict[str, dict[str, float | int]]:
     """How well the KL after GKD is told by what is known earlier: Spearman's rank correlation over distinct children of whole GKD.
 
     Over all of them, and over those that were fitted to the speed-up `at`, which is what a choice is made of; not over fewer than 3. The
-    held-out KL during GKD is that of the same run's first look, where there is one before the last.
+    held-out KL during GKD is that of the same run's first look, where there is one before the last. A child that was taken for its KL
+    after brief GKD is none of them.
     """
-    distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates")}
+    asked = (row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates"))
+    distinct = {row["healing"]: row for row in asked if row["name"] != "healed-pool"}
+    fitted = [row for row in distinct.values() if at <= row["predicted"]["speedup"] <= FITTED * at]
     groups = {
         "all": list(distinct.values()),
-        f"fitted to {at:g} ×": [row for row in distinct.values() if at <= row["predicted"]["speedup"] <= 1.02 * at],
+        f"{at:g} × to {FITTED * at:g} × as fast": fitted,
+        "of these, from the whole library": [row for row in fitted if row["group"] != "libraries"],
     }
     return {name: _rank_correlations(some) for name, some in groups.items() if len(some) > 2}
 

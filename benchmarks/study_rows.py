@@ -85,11 +85,11 @@ def rows_of(asked: Asked) -> list[Row]:
     ]
     rows += [Row(method, "rivals", title, at, method=method) for method, title in RIVALS.items()]
     rows += [Row(f"mip-{speedup:g}-0", "mip", rows[0].title, speedup) for speedup in asked.speedups if speedup != at]
-    rows += [Row("pool", "pool", f"best of a pool of {asked.pool} by joint KL", at, method="pool")]
+    rows += [Row("pool", "pool", "best of a pool by joint KL", at, method="pool")]
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
         rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
     rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
-    rows.append(Row("healed-pool", "pool", f"best of a pool of {asked.pool} by KL after brief GKD", at, method="healed-pool"))
+    rows.append(Row("healed-pool", "pool", "best of a pool by KL after brief GKD", at, method="healed-pool"))
     rows += [Row(f"rate-{rate:g}", "rates", f"learning rate {rate:g}", at, rate=rate) for rate in asked.rates]
     speedups = sorted(asked.speedups, key=lambda speedup: speedup != at)
     more = [(speedup, seed) for speedup in speedups for seed in range(1, asked.seeds)]

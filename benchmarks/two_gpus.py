@@ -169,11 +169,15 @@ def main(arguments: list[str] | None = None) -> dict:
             command = [*torchrun, "-m", "benchmarks.two_gpus", *asked, f"--folder={folder}"]
             process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "NCCL_NVLS_ENABLE": "0"})
             running = True
-            while running:
-                running = process.poll() is None
-                if read_all(Path(folder), results["figures"], world_size, begun):
-                    write_results("two_gpus", results, pick_device(), options.result)
-                time.sleep(0.5)
+            try:
+                while running:
+                    running = process.poll() is None
+                    if read_all(Path(folder), results["figures"], world_size, begun):
+                        write_results("two_gpus", results, pick_device(), options.result)
+                    time.sleep(0.5)
+            finally:
+                process.terminate()  # torchrun, which ends its workers
+                process.wait()
             if process.returncode:
                 raise SystemExit(f"{world_size} processes failed; what was measured before is in docs/results/{options.result}.json")
     print(f"written: docs/results/{options.result}.json")

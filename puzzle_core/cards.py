@@ -47,7 +47,8 @@ def accuracies(rows: dict[str, dict[str, float]]) -> str:
         cells = [f"{row[f'{task}_accuracy']:.3f} ± {row[f'{task}_accuracy_stderr']:.3f}" for task in tasks]
         share = f"{row['accuracy_retained']:.1%} ± {row['accuracy_retained_stderr']:.1%}" if "accuracy_retained" in row else ""
         lines.append(f"| {title} | " + " | ".join([*cells, share]) + " |")
-    return "\n".join(lines) + "\n\nAccuracy on tasks, by lm-eval; retained: the child's accuracy over chance as a share of the parent's.\n"
+    text = "Accuracy on tasks, by lm-eval; retained: the child's accuracy over chance as a share of the parent's, over the tasks on which"
+    return "\n".join([*lines, "", f"{text} the parent is two standard errors above chance.", ""])
 
 
 def _architecture(architecture: Architecture) -> str:

@@ -66,8 +66,8 @@ def by_domain(parent: PreTrainedModel, child: PreTrainedModel, corpus: Corpus, s
 
 
 def accuracies(parent: PreTrainedModel, child: PreTrainedModel, tokenizer, settings: Settings) -> dict[str, dict[str, float]]:
-    """Accuracy on each task with its standard error, chance, and the share of the parent's accuracy over chance that the child
-    has: of each task, and of all together (`accuracy_retained`). A share is left out where the parent does not beat chance."""
+    """Accuracy on each task with its standard error and chance, and the share of the parent's accuracy over chance that the child has:
+    of each task, and of all together (`accuracy_retained`), where the parent is two standard errors above chance."""
     exam = settings.exam()
     return accuracy_rows(*(exam.ask(model, tokenizer) if exam else {} for model in (parent, child)))
 

@@ -61,15 +61,15 @@ def standard_error(values_N: np.ndarray) -> float:
 def retained(parent: list[Answers], child: list[Answers]) -> tuple[float, float] | None:
     """Child's accuracy over chance as a share of the parent's, both summed over tasks, and its standard error.
 
-    Both were asked the same questions, so the error is that of child - share · parent, question by question. None where the
-    parent does not beat chance: then there is nothing to retain.
+    Only tasks count on which the parent is two standard errors above chance: on others the share is noise. None without any: then there
+    is nothing to retain. Both models were asked the same questions, so the error is that of child - share · parent, question by question.
     """
-    above = sum(p.accuracy - p.chance for p in parent)
-    if above <= 0:
+    counted = [(p, c) for p, c in zip(parent, child, strict=True) if p.accuracy - p.chance > 2 * p.stderr]
+    if not counted:
         return None
-    share = sum(c.accuracy - c.chance for c in child) / above
-    errors = [standard_error(c.right_N - share * p.right_N) for p, c in zip(parent, child, strict=True)]
-    return share, math.hypot(*errors) / above
+    above = sum(p.accuracy - p.chance for p, _ in counted)
+    share = sum(c.accuracy - c.chance for _, c in counted) / above
+    return share, math.hypot(*(standard_error(c.right_N - share * p.right_N) for p, c in counted)) / above
 
 
 class Exam:

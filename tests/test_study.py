@@ -1,5 +1,6 @@
 """The study's script, from libraries to page: what it does once, what it goes on with, and what it says is missing."""
 import json
+import math
 import shutil
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_a_study_from_libraries_to_page(results, tmp_path, capsys, monkeypatch):
     assert rows["healed-pool"]["choosing_s"] > took_s > 0 and mip["choosing_s"] == mip["search_s"]
     assert [written["additivity"][name]["num_architectures"] for name in ("random-1.2", "frontier", "all")] == [4, 3, 7]
     page = (tmp_path / "docs/results/study.md").read_text()
-    assert rows["greedy"]["healing"] == mip["healing"] and "chose the very child that the MIP chose: greedy." in page
+    assert rows["greedy"]["healing"] == mip["healing"] and "The very child that the MIP chose was chosen by: greedy." in page
     assert "10 of 11 rows" in page and "Missing: " not in page and "(the same child as" in page
     assert f"asked to be 1.2 × as fast, is {mip['timed']['speedup']:.2f} × as fast" in (tmp_path / "README.md").read_text()
 
@@ -149,6 +150,21 @@ def test_a_time_does_not_count_where_the_parent_was_slower_than_at_best(tmp_path
     assert timed(one, 106.0, "another GPU") and study_children.speed(begun, other) is not None
 
 
+def test_a_pool_whose_children_all_diverge_is_settled_and_the_page_says_so(tmp_path, monkeypatch):
+    begun = study_rows.Study(tmp_path)
+    begun.ask({"overrides": []})
+    row = next(row for row in begun.rows if row.name == "healed-pool")
+    kls = [math.inf, None]
+    monkeypatch.setattr(study_children, "brief_kls", lambda study, row: kls)
+    solution = {"kl": 0.1, "speedup": 1.5, "architecture": Architecture.uniform(2).to_json()}
+    write_json(begun.file("chosen", row.name), {"seconds": 1.0, "pool": [solution, solution]})
+    assert not study_children.is_settled(begun, row)
+    assert study_page.row_of(begun, row)["missing"] == "the pool's children were not all measured"
+    kls[1] = math.inf
+    assert study_children.is_settled(begun, row)
+    assert study_page.row_of(begun, row)["missing"] == "brief GKD of all its children diverged"
+
+
 def test_rows_that_need_a_library_of_their_own_come_right_after_the_first():
     rows = study_rows.rows_of(study_rows.Asked())
     assert [row.library for row in rows[:3]] == ["full", "initialised", "unrefitted"]
@@ -180,14 +196,16 @@ def test_what_tells_the_kl_after_gkd_is_asked_of_distinct_children_of_whole_gkd(
     def row(healing: str, told: float, after: float, group: str = "mip", seed: int = 0, speedup: float = 1.5) -> dict:
         looks = [{"held_out_kl": kl} for kl in (9.0, -after, after)]
         known = {"healing": healing, "group": group, "seed": seed, "held_out": looks, "before": {"kl": told}, "after": {"kl": after}}
-        return {**known, "predicted": {"kl": told, "speedup": speedup}}
+        return {**known, "name": healing, "predicted": {"kl": told, "speedup": speedup}}
 
     rows = [row("a", 1.0, 2.0), row("a", 1.0, 2.0, "rivals"), row("b", 2.0, 1.0), row("c", 3.0, 3.0), row("g", 4.0, 0.5, speedup=2.0)]
     others = [row("d", 0.0, 9.0, "losses"), row("e", 0.0, 9.0, seed=1), {"healing": "f", "missing": "not healed"}]
+    others.append(row("healed-pool", 0.0, 9.0, "pool"))  # it was taken for what came of it
     told = study_page.foretold([*rows, *others], 1.5)
     assert told["all"]["children"] == 4 and told["all"]["sum of scores"] == pytest.approx(-0.4)
-    fitted = told["fitted to 1.5 ×"]
+    fitted, whole = told["1.5 × to 1.53 × as fast"], told["of these, from the whole library"]
     assert fitted["children"] == 3 and fitted["sum of scores"] == fitted["joint KL before GKD"] == pytest.approx(0.5)
+    assert fitted == whole and study_page.foretold([*rows, row("h", 5.0, 1.0, "libraries")], 1.5)[list(told)[1]]["children"] == 4
     assert fitted["held-out KL at the first look during GKD"] == pytest.approx(-1.0)
     assert study_page.foretold([*rows[:3], *others], 1.5) == {} and study_page.foretold_lines({}) == []
 
