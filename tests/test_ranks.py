@@ -1,14 +1,19 @@
 """Processes that share a job: the work is divided the same way everywhere, rows come together, a lost rank is noticed."""
 import itertools
 import os
+import re
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
-from conftest import EXCERPT, PICO, ROOT, pico_parent, run, stage
+from conftest import ENVIRONMENT, EXCERPT, PICO, ROOT, pico_parent, quick_starts, run, stage
 from torch import multiprocessing
 
 from puzzle_core import bld, ranks
@@ -138,6 +143,40 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_
     slurm = ["+sweep=slurm_gpus", "hydra/launcher=submitit_local", "launcher.nodes=1", "hydra.launcher.gpus_per_node=null"]
     run([*command, *slurm, "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={tmp_path / 'jobs'}"], ROOT)  # Slurm's job, run here
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
+
+
+def killed(command: list[str], begun: Callable[[], list[Path]]) -> dict[Path, int]:
+    """Kill -9 the second rank as soon as there is a file that it or the first has finished; when each was written."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not begun():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in family if one.environ().get("RANK") == "1").kill()
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, stderr
+    assert "a process of several failed" in stderr and "Run the same command again: what was finished is kept" in stderr
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    return {file: file.stat().st_mtime_ns for file in begun()}
+
+
+def test_a_rank_that_is_killed_stops_all_and_a_rerun_keeps_what_was_finished(tmp_path):
+    quick_starts()
+    small = ["launcher.processes=2", "search_space.ffn=[w80]", "search_space.attention=[kv1]"]
+    common = [*PICO, f"out={tmp_path}", f"data={tmp_path}", *small]
+    bld_command = [sys.executable, "-m", "stages.bld", *common, "bld.train_tokens=32768"]
+    finished = killed(bld_command, lambda: list(tmp_path.glob("blocks/*kv1.safetensors")))
+    assert not (tmp_path / "library.parquet").exists()
+    run(bld_command, ROOT)
+    assert 0 < len(finished) < 4 and len(pd.read_parquet(tmp_path / "library.parquet")) == 16
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    score_command = [sys.executable, "-m", "stages.score", *common, "score.num_tokens=16384", "score.memory_gib=1"]
+    partial = killed(score_command, lambda: list(tmp_path.glob(".scores.partial*.parquet")))
+    known = sum(len(pd.read_parquet(file)) for file in partial)
+    assert not (tmp_path / "scores.parquet").exists() and known > 0
+    done = run(score_command, ROOT)
+    scored, kept = map(int, re.search(r"(\d+) variants scored, (\d+) kept", done.stdout).groups())
+    assert scored + kept == 16 and kept > 0 and not list(tmp_path.glob(".scores.partial*.parquet"))
 
 
 def test_a_plan_launches_no_processes_makes_nothing_and_is_no_stage_of_dvc(tmp_path):
