@@ -17,6 +17,7 @@ from benchmarks.study_children import (
     healing_of,
     needs_measuring,
     number_of,
+    pool_of,
     rate_of,
     speed,
 )
@@ -36,7 +37,7 @@ HEADINGS = {
     "losses": "Losses of GKD",
     "rates": "Learning rates of GKD",
 }
-FITTED = 1.02  # at most so many times the speed-up that was asked for: a child as fast as others that were fitted to it
+FITTED = 1.02  # a child counts as fitted up to so many times the speed-up that was asked for
 COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
            "accuracy retained", "choosing, GKD, s"]  # fmt: skip
 
@@ -60,6 +61,7 @@ def gathered(study: Study) -> dict:
         "serving": cfg.hardware.serving,
         "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
         "lr": rate_of(study) or cfg.gkd.lr,
+        "lr_from": "that of gkd.lr" if rate_of(study) is None else "of those compared, on the MIP's own child, the one with the least KL",
         "tasks": plain(cfg.evaluation).get("tasks") or {},
         "machines": sorted({one["machine"] for one in healed + timed}),
         "versions": sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in healed + timed}),
@@ -105,7 +107,7 @@ def row_of(study: Study, row: Row) -> dict:
     predicted = chosen["pool"][number_of(study, row)]
     known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
-    known |= {"choosing_s": chosen["seconds"] + sum(one["took_s"] for one in measured(study, row))}
+    known |= {"choosing_s": chosen["seconds"] + deciding_s(study, row)}
     known |= {"pool": pool(study, row, chosen["pool"]), "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
     known["timed"] = (speed(study, architecture) or {}).get("child")
     healed = study.read("healed", known["healing"])
@@ -115,10 +117,11 @@ def row_of(study: Study, row: Row) -> dict:
     return known | ({"missing": healed["failed"]} if "failed" in healed else {})
 
 
-def measured(study: Study, row: Row) -> list[dict]:
-    """What was found out of the children of the row's pool: their joint KLs together, each one's brief GKD."""
-    names = brief_names(study, row) if row.method == "healed-pool" else []
-    return [*filter(None, [study.read("pools", row.name), *(study.read("briefly", name) for name in names)])]
+def deciding_s(study: Study, row: Row) -> float:
+    """Seconds of what decides which of the row's pool is taken: all joint KLs together, or each child's brief GKD; of no pool 0."""
+    if row.method == "healed-pool":
+        return sum(study.read("briefly", name)["took_s"] for name in brief_names(study, row))
+    return study.read("pools", row.name)["took_s"] if len(pool_of(study, row)) > 1 else 0.0
 
 
 def pool(study: Study, row: Row, chosen: list[dict]) -> list[dict] | None:
@@ -183,13 +186,13 @@ def page(found: dict) -> str:
         f"- Machine: {', '.join(found['machines']) or 'none yet'}; {'; '.join(found['versions'])}. GPU time of all commands together: "
         f"{found['gpu_minutes']:.1f} minutes.",
         f"- GKD: {found['gkd_tokens']:,} tokens for each row; {asked['ablation_tokens']:,} where losses and learning rates are compared, "
-        f"and for brief GKD. Learning rate {found['lr']:g}: of those compared, on the MIP's own child, the one with the least KL.",
+        f"and for brief GKD. Learning rate {found['lr']:g}: {found['lr_from']}.",
         "- KL to the parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores.",
-        f"- Accuracy retained: child over parent, each less chance, over the tasks ({', '.join(found['tasks']) or 'none were asked'}) on "
-        "which the parent is two standard errors above chance.",
+        "- Accuracy retained: child over parent, each less chance, over the tasks on which the parent is two standard errors above chance. Of "
+        f"{', '.join(found['tasks']) or 'no tasks'} these count: {', '.join(t for t in found['tasks'] if f'{t}_retained' in (parent or {}))}.",
         "- ± is one standard error, over the text's sequences or the questions.",
-        "- Seconds of choosing are those of the search and of all that is measured of a pool; they and those of GKD are of "
-        f"{' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
+        "- Seconds of choosing are those of the search and of what decides in a pool: its joint KLs, or brief GKD of each. Seconds of GKD, "
+        f"of brief GKD too, are of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
     ]  # fmt: skip
     if parent is not None:
         speed = f", {found['parent_timed']['throughput_tokens_per_s']:,.0f} generated tokens/s" if found["parent_timed"] else ""
@@ -207,17 +210,18 @@ def page(found: dict) -> str:
         lines += seeds(mine) if group == "mip" else pools(mine, asked) if group == "pool" else []
     lines += foretold_lines(found["foretold"]) + accuracies(rows, parent)
     lines += library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
-    lines += ["## Commands", "", f"As one command: `{as_one_command(asked)}`. It was made by these:", ""]
+    lines += ["## Commands", "", f"As one command: `{as_one_command(asked, found['per_gpu'])}`. The study was made by these:", ""]
     commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"]), one.get("note", "")] for one in found["commands"]]
     return "\n".join(lines + table(["command", "minutes", "GPUs", "note"], commands)).rstrip() + "\n"
 
 
-def as_one_command(asked: dict) -> str:
-    """The command that asks for all of the study anew."""
+def as_one_command(asked: dict, per_gpu: list[int]) -> str:
+    """The command that asks for all of the study anew, with as many processes on a GPU at most."""
     others = {key: value for key, value in asked.items() if key != "overrides" and value != getattr(Asked(), key)}
     texts = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in others.items()}
     options = [word for key, text in texts.items() for word in (f"--{key.replace('_', '-')}", text)]
-    return shlex.join(["python", "-m", "benchmarks.study", "all", "--out", "study", *options, *asked["overrides"]])
+    start = ["python", "-m", "benchmarks.study", "all", "--out", "study", "--per-gpu", str(max(per_gpu, default=1))]
+    return shlex.join([*start, *options, *asked["overrides"]])
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -301,9 +305,11 @@ def headline(found: dict) -> str:
     after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
     kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
     others = [row for row in found["rows"] if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
-    beside = [f"the same child is that of {' and '.join(same)}" for same in [same_child(found["rows"])] if same]
+    beside = [f"{' and '.join(same)} choose the same child" for same in [same_child(found["rows"])] if same]
     beside += [f"best other child of a rival, {best['title']}: {best['after']['kl']:.3f}"] if best else []
-    beside += [f"{label(row)}: {row['after']['kl']:.3f}" for row in others]
+    for row in others:
+        tokens = f"{found['asked']['ablation_tokens'] * len(row['pool']):,} tokens more"
+        beside.append(f"{label(row)}, for {tokens}: {row['after']['kl']:.3f}")
     rival = f" ({'; '.join(beside)})" if beside else ""
     return (
         f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
@@ -334,10 +340,11 @@ def pools(rows: list[dict], asked: dict) -> list[str]:
             kls = ("" if one[name] is None else f"{one[name]:.4f}" for name in ("predicted", "joint_kl", "healed_kl"))
             known.append([one["variants"], *kls, "taken" if one["taken"] else ""])
         lines += table(["variants", "sum of scores", "joint KL", "KL after brief GKD", ""], known)
-        if len(healed) > 2:
-            told = pd.DataFrame(healed)[["predicted", "joint_kl", "healed_kl"]].rank().corr()["healed_kl"]
-            told = f"{told['predicted']:.3g} of the sum of scores, {told['joint_kl']:.3g} of the joint KL before it"
-            lines += [f"Rank correlation with the KL after brief GKD: {told}.", ""]
+        for some, of in ((healed, "all"), (sorted(healed, key=lambda one: one["predicted"])[: len(healed) // 2], "the half of least sums")):
+            if len(some) > 2:
+                told = pd.DataFrame(some)[["predicted", "joint_kl", "healed_kl"]].rank().corr()["healed_kl"]
+                told = f"{told['predicted']:.2f} of the sum of scores, {told['joint_kl']:.2f} of the joint KL"
+                lines += [f"Rank correlation with the KL after brief GKD, over {of}: {told}.", ""]
     return lines
 
 
@@ -345,11 +352,9 @@ def foretold(rows: list[dict], at: float) -> dict[str, dict[str, float | int]]:
     """How well the KL after GKD is told by what is known earlier: Spearman's rank correlation over distinct children of whole GKD.
 
     Over all of them, and over those that were fitted to the speed-up `at`, which is what a choice is made of; not over fewer than 3. The
-    held-out KL during GKD is that of the same run's first look, where there is one before the last. A child that was taken for its KL
-    after brief GKD is none of them.
+    held-out KL during GKD is that of the same run's first look, where there is one before the last.
     """
-    asked = (row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates"))
-    distinct = {row["healing"]: row for row in asked if row["name"] != "healed-pool"}
+    distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates")}
     fitted = [row for row in distinct.values() if at <= row["predicted"]["speedup"] <= FITTED * at]
     groups = {
         "all": list(distinct.values()),

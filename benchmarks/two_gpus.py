@@ -176,8 +176,8 @@ def main(arguments: list[str] | None = None) -> dict:
                         write_results("two_gpus", results, pick_device(), options.result)
                     time.sleep(0.5)
             finally:
-                process.terminate()  # torchrun, which ends its workers
-                process.wait()
+                process.terminate()  # torchrun, which ends its workers within half a minute
+                process.wait(timeout=60)
             if process.returncode:
                 raise SystemExit(f"{world_size} processes failed; what was measured before is in docs/results/{options.result}.json")
     print(f"written: docs/results/{options.result}.json")

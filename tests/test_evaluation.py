@@ -11,7 +11,7 @@ from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
 from puzzle_core.spec import Constraint, Scenario, Solution
-from puzzle_core.tasks import Answers, Exam, Task, retained
+from puzzle_core.tasks import Answers, Exam, Task, retained, standard_error
 
 SAMPLE = [json.loads(line) for line in (ROOT / "data/questions/sample.jsonl").read_text().split("\n") if line]
 
@@ -121,9 +121,10 @@ def test_the_error_of_what_is_retained_is_that_of_resampled_questions():
         resampled.append(retained(*again)[0])
     assert error == pytest.approx(np.std(resampled), rel=0.1)
     assert retained(parents, parents) == (1, 0)
-    guesser = Answers(np.tile([1.0, 0.0, 0.0, 0.0], 100), 0.24)  # above chance by half a standard error
-    assert retained([guesser], children[:1]) is None
-    assert retained([*parents, guesser], [*children, guesser]) == (share, error)
+    right_N = np.tile([1.0, 0.0, 0.0, 0.0], 100)
+    lucky, better = (Answers(right_N, 0.25 - errors * standard_error(right_N)) for errors in (1.9, 2.1))  # above chance
+    assert retained([lucky], [better]) is None and retained([better], [better]) == (1, 0)
+    assert retained([*parents, lucky], [*children, lucky]) == (share, error)
 
 
 def test_a_childs_row_has_accuracies_beside_the_rest(pico, tmp_path, capsys):
