@@ -176,7 +176,7 @@ def additivity(study: Study) -> dict[str, dict]:
 
 def page(found: dict) -> str:
     asked, rows, parent = found["asked"], found["rows"], found["parent"]
-    at = asked["compared_at"]
+    at, counted = asked["compared_at"], [task for task in found["tasks"] if f"{task}_retained" in (parent or {})]
     lines = [
         "# Study: is it the search that did it?", "",
         "Written by `python -m benchmarks.study page` from what the commands below wrote; `study.json` beside it has all figures, each "
@@ -188,8 +188,8 @@ def page(found: dict) -> str:
         f"- GKD: {found['gkd_tokens']:,} tokens for each row; {asked['ablation_tokens']:,} where losses and learning rates are compared, "
         f"and for brief GKD. Learning rate {found['lr']:g}: {found['lr_from']}.",
         "- KL to the parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores.",
-        "- Accuracy retained: child over parent, each less chance, over the tasks on which the parent is two standard errors above chance. Of "
-        f"{', '.join(found['tasks']) or 'no tasks'} these count: {', '.join(t for t in found['tasks'] if f'{t}_retained' in (parent or {}))}.",
+        "- Accuracy retained: child over parent, each less chance, over the tasks on which the parent is two standard errors above chance: "
+        f"{', '.join(counted) or 'none'}. Asked were {', '.join(found['tasks']) or 'none'}.",
         "- ± is one standard error, over the text's sequences or the questions.",
         "- Seconds of choosing are those of the search and of what decides in a pool: its joint KLs, or brief GKD of each. Seconds of GKD, "
         f"of brief GKD too, are of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
