@@ -227,7 +227,7 @@ def number_of(study: Study, row: Row) -> int | None:
         return 0 if pool else None
     if row.method == "healed-pool":
         kls = brief_kls(study, row)
-        return None if None in kls or all_diverged(study, row) else kls.index(min(kls))
+        return None if None in kls or min(kls) == math.inf else kls.index(min(kls))
     return (study.read("pools", row.name) or {"chosen": None})["chosen"]
 
 
@@ -376,8 +376,8 @@ def heal(study: Study, turn: Turn) -> None:
         time.sleep(1)  # others are at what is left; if they end before it does, it is this one's
     if left:
         print(f"heal: the rows wait for {', '.join(row.name for row in left)}")
-        return
-    work(distinct(study))
+    else:
+        work(distinct(study))
 
 
 def summary(found: dict) -> str:

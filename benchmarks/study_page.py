@@ -25,7 +25,7 @@ from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
-from puzzle_core.realised import agreement
+from puzzle_core.realised import agreement, rank_correlations
 from puzzle_core.spec import Workload
 
 HEADINGS = {
@@ -53,15 +53,15 @@ def write(study: Study) -> Path:
 
 def gathered(study: Study) -> dict:
     """All of the study as plain values: asked, commands, rows, libraries, additivity."""
-    cfg, commands, of_rows = study.cfg, study.all("commands"), rows(study)
+    cfg, commands, of_rows, rate = study.cfg, study.all("commands"), rows(study), rate_of(study)
     healed, timed = study.all("healed"), study.all("speeds")
     return {
         "asked": read_json(study.results / "asked.json"),
         "workload": str(cfg.workload.batch_size) + f" × ({cfg.workload.prompt_len} + {cfg.workload.generation_len})",
         "serving": cfg.hardware.serving,
         "gkd_tokens": fill(gkd.Settings, cfg.gkd).num_tokens,
-        "lr": rate_of(study) or cfg.gkd.lr,
-        "lr_from": "that of gkd.lr" if rate_of(study) is None else "of those compared, on the MIP's own child, the one with the least KL",
+        "lr": rate or cfg.gkd.lr,
+        "lr_from": "that of gkd.lr" if rate is None else "of those compared, on the MIP's own child, the one with the least KL",
         "tasks": plain(cfg.evaluation).get("tasks") or {},
         "machines": sorted({one["machine"] for one in healed + timed}),
         "versions": sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in healed + timed}),
@@ -305,7 +305,8 @@ def headline(found: dict) -> str:
     after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
     kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
     others = [row for row in found["rows"] if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
-    beside = [f"{' and '.join(same)} choose the same child" for same in [same_child(found["rows"])] if same]
+    same = same_child(found["rows"])
+    beside = [f"{' and '.join(same)} choose the same child"] if same else []
     beside += [f"best other child of a rival, {best['title']}: {best['after']['kl']:.3f}"] if best else []
     for row in others:
         tokens = f"{found['asked']['ablation_tokens'] * len(row['pool']):,} tokens more"
@@ -342,7 +343,7 @@ def pools(rows: list[dict], asked: dict) -> list[str]:
         lines += table(["variants", "sum of scores", "joint KL", "KL after brief GKD", ""], known)
         for some, of in ((healed, "all"), (sorted(healed, key=lambda one: one["predicted"])[: len(healed) // 2], "the half of least sums")):
             if len(some) > 2:
-                told = pd.DataFrame(some)[["predicted", "joint_kl", "healed_kl"]].rank().corr()["healed_kl"]
+                told = rank_correlations(pd.DataFrame(some)[["predicted", "joint_kl", "healed_kl"]], "healed_kl")
                 told = f"{told['predicted']:.2f} of the sum of scores, {told['joint_kl']:.2f} of the joint KL"
                 lines += [f"Rank correlation with the KL after brief GKD, over {of}: {told}.", ""]
     return lines
@@ -374,7 +375,7 @@ def _rank_correlations(rows: list[dict]) -> dict[str, float | int]:
         }
         for row in rows
     )
-    return {"children": len(rows), **known.rank().corr()["after"].drop("after").dropna().to_dict()}
+    return {"children": len(rows), **rank_correlations(known, "after").dropna().to_dict()}
 
 
 def foretold_lines(groups: dict[str, dict[str, float | int]]) -> list[str]:

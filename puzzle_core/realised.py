@@ -137,10 +137,16 @@ def table(rows: list[dict]) -> str:
     return pd.DataFrame(rows)[columns].sort_values("realised").to_string(index=False, float_format="{:.4g}".format)
 
 
+def rank_correlations(frame: pd.DataFrame, of: str) -> pd.Series:
+    """Spearman's rank correlation of each other column with the column `of`; NaN where it has none."""
+    return frame.rank().corr()[of].drop(of)
+
+
 def agreement(rows: list[dict]) -> dict[str, float | int | None]:
     """How well `predicted` tells `realised`: Spearman's rank correlation and the median ratio; None where the rows do not say."""
     frame = pd.DataFrame(rows)
-    found = {"spearman": frame["predicted"].rank().corr(frame["realised"].rank()), "median_ratio": frame["ratio"].astype(float).median()}
+    correlation = rank_correlations(frame[["predicted", "realised"]], "realised")["predicted"]
+    found = {"spearman": correlation, "median_ratio": frame["ratio"].astype(float).median()}
     return {"num_architectures": len(frame), **{name: float(value) if math.isfinite(value) else None for name, value in found.items()}}
 
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forkserver
@@ -116,6 +118,22 @@ def run(command: list, cwd: Path, check: bool = True, **environment: str) -> sub
 
 def stage(name: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     return run(["python", "-m", f"stages.{name}", *PICO, *overrides], cwd, check, **environment)
+
+
+def started(name: str, overrides: list[str], reached: Callable[[], object], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+    """A stage that has just come to where `reached()` is true; fails if it ends before, or does not get there."""
+    command = [sys.executable, "-m", f"stages.{name}", *PICO, *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
+    deadline = time.monotonic() + 120
+    try:
+        while not reached():
+            assert process.poll() is None, f"{name} ended before it got there"
+            assert time.monotonic() < deadline, f"{name} never got there"
+            time.sleep(0.01)
+    except BaseException:
+        process.terminate()
+        raise
+    return process
 
 
 def copy_of_the_project(target: Path) -> Path:

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ENVIRONMENT, EXCERPT, PICO, ROOT, pico_parent, run, stage
+from conftest import EXCERPT, PICO, ROOT, pico_parent, run, stage, started
 from torch import multiprocessing
 
 from puzzle_core import bld, ranks
@@ -144,22 +143,17 @@ def test_one_setting_makes_a_stage_several_processes_that_stop_together_also_in_
     assert len(pd.read_parquet(tmp_path / "library.parquet")) == 16
 
 
-def killed(command: list[str], begun: Callable[[], list[Path]]) -> list[Path]:
-    """Kill -9 the second rank as soon as there is what `begun` waits for; what is there when all have stopped."""
-    patience = 120
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def killed(name: str, overrides: list[str], begun: Callable[[], list[Path]]) -> list[Path]:
+    """Kill -9 a stage's second rank as soon as there is what `begun` waits for; what is there when all have stopped."""
+    process = started(name, overrides, begun, stderr=subprocess.PIPE)
     try:
-        until = time.monotonic() + patience
-        while not begun():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True)
         second = next(one for one in family if "stages" in " ".join(one.cmdline()) and one.environ().get("RANK") == "1")
         second.kill()
-        stderr = process.communicate(timeout=patience)[1]
+        stderr = process.communicate(timeout=120)[1]
     finally:
         process.terminate()  # the launcher hands it on
-        process.wait(timeout=patience)
+        process.wait(timeout=120)
     assert process.returncode == 1 and "a process of several failed" in stderr, stderr
     assert "Run the same command again: what was finished is kept" in stderr
     assert not psutil.wait_procs(family, timeout=10)[1]
@@ -168,23 +162,23 @@ def killed(command: list[str], begun: Callable[[], list[Path]]) -> list[Path]:
 
 def test_a_rank_that_is_killed_stops_all_and_a_rerun_keeps_what_was_finished(tmp_path):
     small = ["launcher.processes=2", "search_space.ffn=[w80]", "search_space.attention=[kv1]"]
-    common = [*PICO, f"out={tmp_path}", f"data={tmp_path}", *small]
-    bld_command = [sys.executable, "-m", "stages.bld", *common, "bld.train_tokens=65536"]
-    finished = killed(bld_command, lambda: list(tmp_path.glob("blocks/*kv1.safetensors")))
+    common = [f"out={tmp_path}", f"data={tmp_path}", *small]
+    slow_bld = [*common, "bld.train_tokens=65536"]
+    finished = killed("bld", slow_bld, lambda: list(tmp_path.glob("blocks/*kv1.safetensors")))
     written = {file: file.stat().st_mtime_ns for file in finished}
     assert 0 < len(finished) < 4 and not (tmp_path / "library.parquet").exists()
-    run(bld_command, ROOT)
+    stage("bld", *slow_bld)
     assert {file: file.stat().st_mtime_ns for file in finished} == written and len(pd.read_parquet(tmp_path / "library.parquet")) == 16
 
     def partial() -> list[Path]:
         files = list(tmp_path.glob(".scores.partial*.parquet"))
         return files if len(files) == 2 else []
 
-    score_command = [sys.executable, "-m", "stages.score", *common, "score.num_tokens=32768", "score.memory_gib=1"]
-    tables_of_both = [pd.read_parquet(file) for file in killed(score_command, partial)]
+    slow_score = [*common, "score.num_tokens=32768", "score.memory_gib=1"]
+    tables_of_both = [pd.read_parquet(file) for file in killed("score", slow_score, partial)]
     assert len(tables_of_both) == 2 and not (tmp_path / "scores.parquet").exists()
     known = pd.concat(tables_of_both)[["layer", "subblock", "variant"]].drop_duplicates()
-    done = run(score_command, ROOT)
+    done = stage("score", *slow_score)
     assert f"score: {16 - len(known)} variants scored, {len(known)} kept" in done.stdout and 0 < len(known) < 16
     assert not list(tmp_path.glob(".scores.partial*.parquet"))
 

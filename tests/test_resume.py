@@ -3,12 +3,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT, PICO, ROOT, run, stage
+from conftest import ROOT, run, stage, started
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -16,13 +15,7 @@ pytestmark = pytest.mark.xdist_group("resume")
 
 def kill_when(name: str, overrides: list[str], reached) -> None:
     """Start a stage, kill -9 it as soon as `reached()` is true; fails if it ends before."""
-    command = [sys.executable, "-m", f"stages.{name}", *PICO, *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None, f"{name} ended before it could be killed"
-        assert time.monotonic() < deadline, f"{name} never got there"
-        time.sleep(0.01)
+    process = started(name, overrides, reached)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
