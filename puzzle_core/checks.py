@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
 from puzzle_core.tables import SCHEMAS, check
 
@@ -27,7 +28,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
             try:
                 found[name] = pd.read_parquet(path).reset_index(drop=True)
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} is not a readable parquet file ({error}); write it with DataFrame.to_parquet") from error
+                raise UserError(f"{path} is not a readable parquet file ({error}); write it with DataFrame.to_parquet") from error
         elif name in REQUIRED:
             raise FileNotFoundError(f"{path} is missing; a search needs {' and '.join(f'{n}.parquet' for n in REQUIRED)}")
     return found

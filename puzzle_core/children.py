@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_core import modeling_puzzle
+from puzzle_core.errors import UserError
 from puzzle_core.families import Family
 from puzzle_core.files import atomic
 from puzzle_core.parents import Parent, damage_named
@@ -117,4 +118,4 @@ def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor | np.nda
         command = [sys.executable, "-I", "-c", _RELOAD, path.resolve(), batch, child.device, str(child.dtype).removeprefix("torch.")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=directory)
     if done.returncode or not float(done.stdout.split()[-1]) <= 1e-3:  # so that NaN fails too
-        raise ValueError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")
+        raise UserError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")

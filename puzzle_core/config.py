@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from puzzle_core.errors import UserError
 from puzzle_core.launcher import Launcher, is_launched
 from puzzle_core.spec import did_you_mean
 
@@ -73,17 +74,17 @@ def fill(target: Callable, node: DictConfig, **more: object) -> object:
     known = inspect.signature(target).parameters
     for key in values.keys() - known.keys():
         hint = did_you_mean(key, known)
-        raise ValueError(f"unknown key '{key}' in {node._get_full_key(None)}.{hint} Known: {', '.join(known)}.")
+        raise UserError(f"unknown key '{key}' in {node._get_full_key(None)}.{hint} Known: {', '.join(known)}.")
     lacking = [key for key, p in known.items() if p.default is p.empty and key not in values and key not in more]
     if lacking:
-        raise ValueError(f"{node._get_full_key(None)} lacks {', '.join(lacking)}: see its preset under conf/")
+        raise UserError(f"{node._get_full_key(None)} lacks {', '.join(lacking)}: see its preset under conf/")
     return target(**{**values, **more})
 
 
 def refuse_in_dvc(key: str) -> None:
     """ValueError if DVC runs this stage: its outputs stay as they are, and DVC would take them for what `key` was set for."""
     if "DVC_STAGE" in os.environ:
-        raise ValueError(f"{key} is for the command line; in a preset `dvc repro` would take what is there for what was asked for")
+        raise UserError(f"{key} is for the command line; in a preset `dvc repro` would take what is there for what was asked for")
 
 
 def this_command() -> list[str]:
@@ -113,7 +114,7 @@ def stage(
                     if launcher.wanted:
                         return launcher.run(name, this_command())
                 return run(declared(cfg, reads or name, (*command, name) if reads or command else ()))
-            except (ValueError, ArithmeticError, OSError, OmegaConfBaseException) as error:
+            except (UserError, OSError, OmegaConfBaseException) as error:  # any other is a fault of ours: with its traceback
                 if cfg.get("debug"):
                     raise
                 print(f"{name}: error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from numbers import Real
 
 import numpy as np
 
+from puzzle_core.errors import UserError
 from puzzle_core.problem import SCORE, WITHOUT_TIMING, Problem
 from puzzle_core.spec import Constraint, Scenario
 
@@ -51,10 +52,10 @@ def constraints_from(limits: Mapping[str, object], problem: Problem) -> tuple[Co
                 continue
             entry = dict(entry) if isinstance(entry, Mapping) else {sense.replace(" ", "_"): entry}
             if unknown := [key for key in entry if key not in KEYS]:
-                raise ValueError(f"constraint {name} has no key '{unknown[0]}'; expected {', '.join(KEYS)}")
+                raise UserError(f"constraint {name} has no key '{unknown[0]}'; expected {', '.join(KEYS)}")
             senses = [key for key in ("at_most", "at_least") if entry.get(key) is not None]
             if not senses:
-                raise ValueError(f"constraint {name} says neither at_most nor at_least: {entry}")
+                raise UserError(f"constraint {name} says neither at_most nor at_least: {entry}")
             scenario = _scenario(name, total, entry, problem)
             constraints += [_constraint(name, key, entry[key], scenario, problem) for key in senses]
     return tuple(constraints)
@@ -69,7 +70,7 @@ def lookup(name: str, problem: Problem) -> tuple[str, str, str]:
         return name, "at most", "one"
     known = [*CONSTRAINTS, *own]
     hint = "".join(f"did you mean '{close}'? " for close in difflib.get_close_matches(name, known, n=1))
-    raise ValueError(f"unknown constraint '{name}': {hint}There are {', '.join(known)}.")
+    raise UserError(f"unknown constraint '{name}': {hint}There are {', '.join(known)}.")
 
 
 def unit_of(name: str, problem: Problem, scenario: Scenario) -> float:
@@ -86,14 +87,14 @@ def _scenario(name: str, total: str, entry: Mapping[str, object], problem: Probl
     if entry.get("batch_size") is None and entry.get("context_len") is None:
         return problem.scenario
     if total not in WITHOUT_TIMING:
-        raise ValueError(
+        raise UserError(
             f"constraint {name}: batch_size and context_len are for memory_mib and kv_mib, which are computed; "
             f"for what is measured name a scenario of the costs table: {', '.join(problem.scenarios)}"
         )
     there = {key: entry[key] for key in ("batch_size", "context_len") if entry.get(key) is not None}
     for key, value in there.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 2 - (key == "batch_size"):
-            raise ValueError(f"constraint {name}: {key} is {value!r}; expected a whole number, of at least 1 sequence and 2 tokens")
+            raise UserError(f"constraint {name}: {key} is {value!r}; expected a whole number, of at least 1 sequence and 2 tokens")
     context_len = there.get("context_len", problem.scenario.sequence_len)
     return Scenario(there.get("batch_size", problem.scenario.batch_size), context_len - 1, 1)
 
@@ -106,7 +107,7 @@ def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem:
     except ValueError:
         value = limit
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"constraint {name} is {limit!r}; expected a positive number, a percentage of the parent's, or null for no limit")
+        raise UserError(f"constraint {name} is {limit!r}; expected a positive number, a percentage of the parent's, or null for no limit")
     problem.shares(total, scenario)  # an unknown scenario is refused here
     unit = unit_of(name, problem, scenario)
     bound = unit * value if sense == "at most" else unit / value

@@ -9,6 +9,8 @@ import numpy as np
 from pyarrow import ArrowInvalid
 from tqdm import tqdm
 
+from puzzle_core.errors import UserError
+
 _READERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # None: the file is the document
 
 
@@ -56,16 +58,16 @@ def documents(
                     rows = load_dataset(reader, data_files=str(file), split="train", streaming=True)
                     yield from _documents(rows, text_column, domain_column, file)
             except (OSError, RuntimeError, UnicodeDecodeError, ArrowInvalid) as error:
-                raise ValueError(f"{file} cannot be read as {reader or 'text'} ({error})") from error
+                raise UserError(f"{file} cannot be read as {reader or 'text'} ({error})") from error
     else:
-        raise ValueError(f"unknown corpus source '{source}'; known: files, hub")
+        raise UserError(f"unknown corpus source '{source}'; known: files, hub")
 
 
 def _documents(rows: Iterable[dict], text_column: str, domain_column: str | None, where: object) -> Iterator[Document]:
     for row in rows:
         for key, column in (("text_column", text_column), ("domain_column", domain_column)):
             if column is not None and column not in row:
-                raise ValueError(f"{where} has no column '{column}', only {', '.join(row)}: set `{key}` in conf/corpus/")
+                raise UserError(f"{where} has no column '{column}', only {', '.join(row)}: set `{key}` in conf/corpus/")
         if row[text_column]:
             yield Document(row[text_column], None if domain_column is None else str(row[domain_column]))
 
@@ -112,7 +114,7 @@ class Corpus:
             if have >= need:
                 break
         if have < need:
-            raise ValueError(
+            raise UserError(
                 f"corpus {self.where} is too small: its {split} split has {have:,} tokens"
                 f"{f' of {domain}' if domain else ''}, {need:,} are needed. "
                 "Lower the token budget in the presets of conf/, or add text."

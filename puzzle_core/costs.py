@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from puzzle_core.errors import UserError
 from puzzle_core.files import fingerprint
 from puzzle_core.llama_cpp import LlamaCpp
 from puzzle_core.parents import Parent
@@ -138,13 +139,13 @@ def backend(preset: Mapping[str, object]) -> Backend:
     """What a preset of conf/hardware/ says; ValueError that names an unknown backend or key."""
     name, values = preset.get("backend"), {key: value for key, value in preset.items() if key != "backend"}
     if name not in BACKENDS:
-        raise ValueError(f"hardware.backend is '{name}'.{did_you_mean(name, BACKENDS)} Known: {', '.join(BACKENDS)}.")
+        raise UserError(f"hardware.backend is '{name}'.{did_you_mean(name, BACKENDS)} Known: {', '.join(BACKENDS)}.")
     known = fields(BACKENDS[name])
     names = [field.name for field in known]
     for key in values.keys() - set(names):
-        raise ValueError(f"unknown key '{key}' in hardware.{did_you_mean(key, names)} Known of backend {name}: {', '.join(names)}.")
+        raise UserError(f"unknown key '{key}' in hardware.{did_you_mean(key, names)} Known of backend {name}: {', '.join(names)}.")
     if lacking := [field.name for field in known if field.default is MISSING and field.name not in values]:
-        raise ValueError(f"hardware lacks {', '.join(lacking)}: see the presets of backend {name} in conf/hardware/")
+        raise UserError(f"hardware lacks {', '.join(lacking)}: see the presets of backend {name} in conf/hardware/")
     return BACKENDS[name](**values)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Variant
 
 BUDGETS = np.arange(0.95, 0.45, -0.05)  # of the parent's cost: where a search may be asked for
@@ -43,12 +44,12 @@ def with_blocks(space: dict, blocks: Mapping[int, list[Joint]]) -> dict:
 def _joined(library: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     key = ["layer", "subblock", "variant"]
     if metric not in set(scores["metric"]):
-        raise ValueError(f"no metric '{metric}' in the scores table, which has: {', '.join(sorted(set(scores['metric'])))}")
+        raise UserError(f"no metric '{metric}' in the scores table, which has: {', '.join(sorted(set(scores['metric'])))}")
     scores, library = scores[(scores["metric"] == metric) & (scores["subblock"] != BLOCK)], library[library["subblock"] != BLOCK]
     table = library.merge(scores[[*key, "value"]], on=key, how="outer", indicator=True)
     if len(odd := table[table["_merge"] != "both"]):
         named = ", ".join(f"layer {n} {s} {v}" for n, s, v in odd[key].head(5).itertuples(index=False))
-        raise ValueError(f"library and scores differ in {len(odd)} variants, e.g. {named}. Run `dvc repro score`.")
+        raise UserError(f"library and scores differ in {len(odd)} variants, e.g. {named}. Run `dvc repro score`.")
     return table
 
 

@@ -12,6 +12,7 @@ import safetensors
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_of
 from puzzle_core.files import read_json
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, Architecture, Variant
@@ -103,7 +104,7 @@ class SavedChild:
                 layers_of.setdefault(f"{subblock} {variant} ({reason})", []).append(str(layer))
         reasons = [f"layer {', '.join(layers)} {what}" for what, layers in layers_of.items()]
         if reasons + more:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} cannot be exported to {target}: {'; '.join(reasons + more)}. Nothing was written. "
                 f"With search.export_target: {target} in params.yaml the search leaves out variants that have no form there."
             )
@@ -119,5 +120,5 @@ def _pair(layer: int, entry: dict, family: Family) -> tuple[Variant, Variant]:
         elif key in kinds:
             chosen[_SUBBLOCK_OF[kinds[key]]] = Variant(kinds[key], value)
         else:
-            raise ValueError(f"layer {layer}: per_layer_config has {key}: {value}, which no export target can express")
+            raise UserError(f"layer {layer}: per_layer_config has {key}: {value}, which no export target can express")
     return chosen[ATTENTION], chosen[FFN]

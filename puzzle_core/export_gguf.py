@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.files import atomic
 from puzzle_core.tokens_gguf import add_tokenizer
@@ -56,7 +57,7 @@ def write(child: SavedChild, path: Path, dtype: str) -> None:
     ValueError that names what llama.cpp has no form for, before anything is written.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
+        raise UserError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
     child.refuse_for(TARGET, _reasons(child))
     architecture = FAMILIES[child.config.model_type].architecture if child.is_uniform else DECI
     weights, file_type = DTYPES[dtype]
@@ -127,7 +128,7 @@ def _entries(child: SavedChild, architecture: gguf.MODEL_ARCH, weights: torch.dt
     for name in child.files:
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if renamed is None:
-            raise ValueError(f"{child.path}: tensor {name} has no name in GGUF's {gguf.MODEL_ARCH_NAMES[architecture]}")
+            raise UserError(f"{child.path}: tensor {name} has no name in GGUF's {gguf.MODEL_ARCH_NAMES[architecture]}")
         shape = tuple(child.shape(name))
         make = partial(child.tensor, name)
         if pairs and (".q_proj." in name or ".k_proj." in name):
@@ -168,5 +169,5 @@ def _rope_factors(child: SavedChild) -> list[_Entry]:
 def _checked(entry: _Entry) -> Tensor:
     tensor = entry.make().to(entry.dtype).contiguous()
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{entry.name} has values that {entry.dtype} cannot hold; export with dtype=float32")
+        raise UserError(f"{entry.name} has values that {entry.dtype} cannot hold; export with dtype=float32")
     return tensor

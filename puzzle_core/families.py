@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import ATTENTION, FFN, did_you_mean
 
 SIZED = {ATTENTION: ("kv", "window"), FFN: ("w", "e")}  # kinds of variants that have a size, by subblock
@@ -144,7 +145,7 @@ def family_of(model_type: str) -> Family:
     """The descriptor of a transformers `model_type`; ValueError naming the known ones otherwise."""
     if model_type not in FAMILIES:
         hint = did_you_mean(model_type, FAMILIES)
-        raise ValueError(
+        raise UserError(
             f"unknown model family '{model_type}'.{hint} Known: {', '.join(sorted(FAMILIES))}. "
             "A family with Llama's layout is one line in puzzle_core/families.py."
         )
@@ -156,7 +157,7 @@ def family_for(config: Any) -> Family:
     family = family_of(config.model_type)
     for key, expected in family.requires.items():
         if (value := getattr(config, key)) != expected:
-            raise ValueError(f"{config.model_type} parents with {key}={value} are not supported, only with {key}={expected}: see FAMILIES")
+            raise UserError(f"{config.model_type} parents with {key}={value} are not supported, only with {key}={expected}: see FAMILIES")
     if family.post_norm_unless and not getattr(config, family.post_norm_unless):
         bare = {s: dataclasses.replace(family.subblock(s), norms=()) for s in (ATTENTION, FFN)}
         family = dataclasses.replace(family, **bare)

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from puzzle_core.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -47,7 +49,7 @@ def read_json(path: str | Path) -> object:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}). Delete it and run its stage again.") from error
+        raise UserError(f"{path} is not readable JSON ({error}). Delete it and run its stage again.") from error
 
 
 @contextlib.contextmanager

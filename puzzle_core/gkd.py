@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from puzzle_core.children import load_child, save_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError, UserError
 from puzzle_core.families import family_for
 from puzzle_core.files import atomic, fingerprint, write_json
 from puzzle_core.losses import Comparison, Weights
@@ -63,14 +64,14 @@ class Settings:
     def __post_init__(self):
         where = "conf/gkd/"
         if min(self.kl_weight, self.cosine_weight, self.lm_weight) < 0 or not self.kl_weight + self.cosine_weight + self.lm_weight:
-            raise ValueError(f"{where}: kl_weight, cosine_weight and lm_weight must not be negative, and one of them must count")
+            raise UserError(f"{where}: kl_weight, cosine_weight and lm_weight must not be negative, and one of them must count")
         if self.temperature <= 0:
-            raise ValueError(f"{where}: temperature is {self.temperature:g}, expected more than 0")
+            raise UserError(f"{where}: temperature is {self.temperature:g}, expected more than 0")
         if self.parent_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"{where}: parent_dtype is '{self.parent_dtype}'; expected float32, bfloat16, float16 or null")
+            raise UserError(f"{where}: parent_dtype is '{self.parent_dtype}'; expected float32, bfloat16, float16 or null")
         known = {f.name for f in fields(self)} - {"phases"}
         for key in (key for phase in self.phases for key in phase if key not in known):
-            raise ValueError(f"{where}: a phase has the unknown key '{key}'.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}.")
+            raise UserError(f"{where}: a phase has the unknown key '{key}'.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}.")
 
     @property
     def weights(self) -> Weights:
@@ -90,7 +91,7 @@ class Settings:
         """Sequences that a process takes at a time, and how often it does in a step; ValueError where it does not come out even."""
         size = self.micro_batch_size or max(1, self.batch_size // world_size)
         if self.batch_size % (size * world_size):
-            raise ValueError(
+            raise UserError(
                 f"conf/gkd/: batch_size {self.batch_size} is not a multiple of micro_batch_size {size} × {world_size} processes"
             )
         return size, self.batch_size // (size * world_size)
@@ -127,7 +128,7 @@ class Distiller(Trainer):
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(f"gkd loss is {logs['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
+                raise NotFiniteError(f"gkd loss is {logs['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
             means = {name: self.accelerator.reduce(total / self.num_parts, "mean").item() for name, total in self.parts.items()}
             logs, self.parts, self.num_parts = {**logs, **means}, {}, 0
         super().log(logs, *args, **kwargs)
@@ -333,7 +334,7 @@ def distill(
     """
     limit, seq_len = getattr(parent.config, "max_position_embeddings", None), len(sequences[0])
     if limit and seq_len > limit:
-        raise ValueError(f"gkd.seq_len is {seq_len}, and the parent's positions end at {limit}: lower it in conf/gkd/")
+        raise UserError(f"gkd.seq_len is {seq_len}, and the parent's positions end at {limit}: lower it in conf/gkd/")
     size, accumulation = settings.micro_batches(ranks.world_size)
     found = ranks.gather([_last_whole_checkpoint(work) if ranks.first else None])[0]
     sharded, num_steps = settings.shard and ranks.world_size > 1, math.ceil(len(sequences) / settings.batch_size)

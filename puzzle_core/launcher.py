@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from puzzle_core.errors import UserError
+
 
 def is_launched() -> bool:
     """Whether torchrun has started this process."""
@@ -25,11 +27,11 @@ class Launcher:
 
     def __post_init__(self):
         if self.processes != "gpu" and not (isinstance(self.processes, int) and self.processes > 0):
-            raise ValueError(f"launcher.processes is '{self.processes}'; expected a number of processes on each machine, or gpu")
+            raise UserError(f"launcher.processes is '{self.processes}'; expected a number of processes on each machine, or gpu")
         if not (isinstance(self.nodes, int) and self.nodes > 0):
-            raise ValueError(f"launcher.nodes is '{self.nodes}'; expected a number of machines")
+            raise UserError(f"launcher.nodes is '{self.nodes}'; expected a number of machines")
         if self.nodes > 1 and not self.rendezvous:
-            raise ValueError(
+            raise UserError(
                 f"launcher.nodes is {self.nodes}, and launcher.rendezvous does not say where they meet: HOST:PORT of one of them, "
                 "the same for all; each of them runs this command"
             )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle_core import export_gguf
 from puzzle_core.children import make_child, random_weights, save_child
+from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.families import family_for
 from puzzle_core.parents import Parent
@@ -59,7 +60,7 @@ class LlamaCpp:
     ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`, and first those of the base if there is none. ValueError for more than one sequence at once."""
         if scenario.batch_size != 1:
-            raise ValueError(f"workload {scenario}: backend llama_cpp times one sequence at a time; set batch_size: 1 in conf/workload/")
+            raise UserError(f"workload {scenario}: backend llama_cpp times one sequence at a time; set batch_size: 1 in conf/workload/")
         changed, whole = self.num_layers - 1, sum(p.numel() for p in parent.model.parameters())
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             shallow, work = _shallow(parent, self.num_layers), Path(folder)
@@ -117,7 +118,7 @@ def _request(server, scenario: Scenario, vocab_size: int) -> dict[str, float]:
     options = {"n_predict": scenario.generation_len, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     timings = server.handle_completions({"prompt": prompt, **options})["timings"]
     if (timings["prompt_n"], timings["predicted_n"]) != (scenario.prompt_len, scenario.generation_len):
-        raise ValueError(f"llama.cpp read {timings['prompt_n']} and wrote {timings['predicted_n']} tokens, not those of {scenario}")
+        raise UserError(f"llama.cpp read {timings['prompt_n']} and wrote {timings['predicted_n']} tokens, not those of {scenario}")
     return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_per_token_ms"]}
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puzzle_core import configuration_decilm
+from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.files import atomic, read_json, write_json
 from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Variant
@@ -41,14 +42,14 @@ def write(child: SavedChild, path: Path, dtype: str) -> None:
     ValueError that names what they have no form for, before anything is written.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
+        raise UserError(f"dtype is '{dtype}'; expected {' or '.join(DTYPES)}")
     child.refuse_for(TARGET, _reasons(child))
     with atomic(path) as part:
         part.mkdir()
         for file in sorted(set(child.files.values())):
             tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_file(file).items()}
             if lost := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-                raise ValueError(f"{', '.join(lost)}: values that {dtype} cannot hold; export with dtype=bfloat16 or float32")
+                raise UserError(f"{', '.join(lost)}: values that {dtype} cannot hold; export with dtype=bfloat16 or float32")
             save_file(tensors, part / file.name, metadata={"format": "pt"})
         for file in child.path.iterdir():  # tokenizer, chat template, generation config, the index of the shards
             if file.is_file() and file.suffix not in (".safetensors", ".py", ".md") and file.name != "config.json":
@@ -109,7 +110,7 @@ def read_architecture(path: Path, num_key_value_heads: int | None = None, interm
     """
     config = read_json(path)
     if "block_configs" not in config:
-        raise ValueError(f"{path} has no block_configs; expected the config.json of a nemotron-nas checkpoint")
+        raise UserError(f"{path} has no block_configs; expected the config.json of a nemotron-nas checkpoint")
     sizes = [(_kv_heads(config, block), _width(config, block)) for block in config["block_configs"]]
     of_parent = (
         num_key_value_heads or config.get("num_key_value_heads") or max(kv_heads or 0 for kv_heads, _ in sizes),
@@ -128,9 +129,9 @@ def _variant(path: Path, layer: int, subblock: str, block: dict, kind: str, size
     if block.get("replace_with_linear"):
         return LINEAR
     if odd := {key: block[key] for key in ("sparsify", "window_length", "num_sink_tokens", "moe", "mamba") if block.get(key)}:
-        raise ValueError(f"{path}: layer {layer} {subblock} has {odd}, which has no variant here")
+        raise UserError(f"{path}: layer {layer} {subblock} has {odd}, which has no variant here")
     if not size or size > of_parent or (kind == "kv" and of_parent % size):
-        raise ValueError(f"{path}: layer {layer} {subblock} is {kind}{size}, which no variant of a parent with {kind}{of_parent} is")
+        raise UserError(f"{path}: layer {layer} {subblock} is {kind}{size}, which no variant of a parent with {kind}{of_parent} is")
     return PARENT if size == of_parent else Variant(kind, size)
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, fingerprint, lock, read_json, write_json
 from puzzle_core.modeling_puzzle import get_subblock
@@ -46,9 +47,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"device is '{name}' (conf/hardware/ or conf/parent/); expected auto, cpu or cuda")
+        raise UserError(f"device is '{name}' (conf/hardware/ or conf/parent/); expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU here; use conf/hardware/cpu.yaml or auto.yaml")
+        raise UserError("device cuda was asked for, but torch sees no GPU here; use conf/hardware/cpu.yaml or auto.yaml")
     return torch.device(name)
 
 
@@ -122,7 +123,7 @@ def _dequantised(file: Path, sha256: str | None) -> Path:
     with open(file, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if sha256 and digest != sha256:
-        raise ValueError(f"{file}: sha256 is {digest}, expected {sha256}. The file is damaged or another one: fetch it again.")
+        raise UserError(f"{file}: sha256 is {digest}, expected {sha256}. The file is damaged or another one: fetch it again.")
     name = fingerprint(digest, DEQUANTISATION)
     cache = Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle")) / "parents" / name
     with lock(cache.parent, name, wait=True):  # several stages may want it at once
@@ -164,16 +165,16 @@ def damage_named(place: object) -> Iterator[None]:
     try:
         yield
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{place} holds a damaged safetensors file ({error}): fetch or make it again") from error
+        raise UserError(f"{place} holds a damaged safetensors file ({error}): fetch or make it again") from error
 
 
-def _no_safetensors(place: str | Path, revision: str | None) -> ValueError:
+def _no_safetensors(place: str | Path, revision: str | None) -> UserError:
     folder, where = f"models/{Path(place).name}-safetensors", f"{str(place)!r}" + (f", revision={revision!r}" if revision else "")
     code = "; ".join(
         ["from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"]
         + [f"{auto}.from_pretrained({where}).save_pretrained({folder!r})" for auto in "MT"]
     )
-    return ValueError(
+    return UserError(
         f"the parent {place} has no safetensors; pickled weights can run any code when they are loaded, so they are not read. "
         f'If you trust it, convert it once: python -c "{code}" and use conf/parent/directory.yaml with `path: {folder}`'
     )
@@ -196,9 +197,9 @@ def _family(place: str | Path, revision: str | None, trust_remote_code: bool) ->
     config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
     model_type = config.get("model_type", "")
     if config.get("per_layer_config"):
-        raise ValueError(f"{place} is a child already: its layers differ (per_layer_config). Use a parent whose layers are alike.")
+        raise UserError(f"{place} is a child already: its layers differ (per_layer_config). Use a parent whose layers are alike.")
     if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
-        raise ValueError(
+        raise UserError(
             f"{place} brings its own code for model type '{model_type}', which transformers does not know. "
             "Read that code; if you trust it, set `trust_remote_code: true` in the parent's preset in conf/parent/."
         )
@@ -239,10 +240,10 @@ def load_parent(
     """
     device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
+        raise UserError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
         if memory_gib is not None and not skeleton:
-            raise ValueError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
+            raise UserError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
         family = family_of(config["model_type"])
         content, origin = "", Origin("random weights", "random weights, for tests", license)
         if skeleton:
@@ -273,7 +274,7 @@ def _located(
         commit = Path(cached_file(id, "config.json", revision=revision)).parent.name  # the one behind the revision
         return id, commit, id, f"[{id}](https://huggingface.co/{id}) at revision {commit}"
     if source not in ("directory", "gguf"):
-        raise ValueError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
+        raise UserError(f"unknown parent source '{source}'; known: hub, directory, gguf, random")
     file = _gguf_file(path, package) if source == "gguf" else Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from puzzle_core.errors import UserError
 from puzzle_core.learners import is_trained
 from puzzle_core.parents import Parent
 from puzzle_core.shards import GIB, num_bytes
@@ -188,7 +189,7 @@ def plan(parent: Parent, wanted: list[Wanted], settings: Settings) -> Plan:
     smallest = max(peak([n]) for n in layers)
     holds_training = smallest + hiddens <= limit
     if smallest > limit:
-        raise ValueError(
+        raise UserError(
             f"bld does not fit in {limit / GIB:.1f} GiB: one layer's variants need {smallest / GIB:.1f} GiB. "
             "Raise bld.memory_gib, or lower bld.batch_size or bld.calibration_tokens, or take variants out of conf/search_space/."
         )
@@ -248,7 +249,7 @@ def _num_held(parent: Parent) -> int:
     if parent.shards is None:
         return len(parent.layers)
     if parent.shards.max_layers < 2:
-        raise ValueError(
+        raise UserError(
             "parent.memory_gib has room for one layer, and the hidden states of bld.train_tokens do not fit in memory, so that "
             "layers below must run again: raise parent.memory_gib by a layer or bld.memory_gib, or lower bld.train_tokens"
         )

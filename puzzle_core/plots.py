@@ -10,6 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from puzzle_core.errors import UserError
 from puzzle_core.files import atomic
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Solution, Variant, by_size, is_parent
 
@@ -22,7 +23,7 @@ def score_picture(scores: pd.DataFrame, metric: str, path: str | Path) -> None:
     """Draw to a PNG what each variant but the parent would cost in quality in each layer."""
     table = scores[(scores["metric"] == metric) & ~scores["variant"].map(is_parent)]
     if table.empty:
-        raise ValueError(
+        raise UserError(
             f"no '{metric}' scores of variants to draw; the table has metrics {sorted(set(scores['metric']))}"
         )
     table = table.pivot(index=["subblock", "variant"], columns="layer", values="value")

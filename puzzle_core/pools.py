@@ -17,6 +17,7 @@ from tqdm import tqdm
 from puzzle_core import evaluation, gkd, realised
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError
 from puzzle_core.files import fingerprint, read_json, write_json
 from puzzle_core.parents import Parent
 from puzzle_core.spec import NO_OP, Architecture, Solution, is_parent
@@ -46,7 +47,7 @@ def best_of(
             healed = healed_kls(parent, architectures, weights_of, corpus, batches, healing, seed, work)
         decisive = {n: kl for n, kl in enumerate(kls if healing is None else healed) if kl is not None}
         if not decisive:
-            raise FloatingPointError("brief GKD of every child of the pool diverges: lower lr in realised.heal")
+            raise NotFiniteError("brief GKD of every child of the pool diverges: lower lr in realised.heal")
         chosen = min(decisive, key=decisive.get)
     rows = [
         {"solution": n + 1, "predicted": solution.score, "realised": kls[n], "healed": healed[n], "chosen": int(n == chosen)}

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant, parse_variant
 
 ALL_LAYERS = -1  # in the layer column of costs: whatever the layer
@@ -137,7 +138,7 @@ class Problem:
         """The options that make `architecture`; ValueError if the tables lack one."""
         lacking = ["layer {} {} {}".format(*option) for option in architecture.rows() if option not in self._row_of]
         if lacking or len(architecture.layers) != self.num_layers:
-            raise ValueError(
+            raise UserError(
                 f"the tables have {self.num_layers} layers, the architecture {len(architecture.layers)}, and no row for "
                 f"{', '.join(lacking) or 'the others'}. Rerun bld, score and profile-hardware with what is missing, unless it is what "
                 "search.export_target leaves out."
@@ -157,7 +158,7 @@ class Problem:
         base = self._base(str(scenario if measured else self.scenario))
         metrics, made = TOTALS.get(total, ((total,), lambda at, values: values))
         if lacking := [metric for metric in metrics if metric not in base]:
-            raise ValueError(
+            raise UserError(
                 f"{total} needs {', '.join(lacking)}, which the costs table does not have in scenario {scenario}; it has "
                 f"{', '.join(base.columns)}. Add the rows, or limit something else."
             )
@@ -171,7 +172,7 @@ class Problem:
         if ("base", scenario) in self._shares:
             return self._shares["base", scenario]
         if scenario not in self.scenarios:
-            raise ValueError(f"no scenario '{scenario}' in the costs table, which has: {', '.join(self.scenarios)}")
+            raise UserError(f"no scenario '{scenario}' in the costs table, which has: {', '.join(self.scenarios)}")
         costs = self.costs[self.costs["scenario"] == scenario]
         pivot = costs.pivot(index=["layer", "subblock", "variant"], columns="metric", values="value")
 
@@ -189,7 +190,7 @@ class Problem:
             base.iloc[at] = np.where(base.iloc[at].isna(), both, base.iloc[at])
         rows = base[base.isna().any(axis=1)].iterrows()
         if lacking := {f"{' '.join(key[1:])} ({', '.join(row.index[row.isna()])})": None for key, row in rows}:
-            raise ValueError(
+            raise UserError(
                 f"costs table has no row in scenario {scenario} for {', '.join(lacking)}; expected every scored variant, "
                 f"and 'outside parent' for what is in no block. Rerun profile-hardware."
             )
@@ -203,14 +204,14 @@ def _weighted(scores: pd.DataFrame, metric: str | Mapping[str, float]) -> pd.Dat
     there = sorted(set(scores["metric"]))
     for name, weight in weights.items():
         if name not in there:
-            raise ValueError(f"no metric '{name}' in the scores table, which has: {', '.join(there)}")
+            raise UserError(f"no metric '{name}' in the scores table, which has: {', '.join(there)}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"search.metric weighs {name} by {weight!r}; expected a number")
+            raise UserError(f"search.metric weighs {name} by {weight!r}; expected a number")
     key = ["layer", "subblock", "variant"]
     table = scores[scores["metric"].isin(list(weights))].pivot(index=key, columns="metric", values="value")
     if (gone := table[table.isna().any(axis=1)]).size:
         named = [f"layer {n} {s} {v} ({', '.join(row.index[row.isna()])})" for (n, s, v), row in gone.head(5).iterrows()]
-        raise ValueError(f"scores table lacks {len(gone)} rows of the metrics that are summed, e.g. {', '.join(named)}. Rerun score.")
+        raise UserError(f"scores table lacks {len(gone)} rows of the metrics that are summed, e.g. {', '.join(named)}. Rerun score.")
     return sum(weight * table[name] for name, weight in weights.items()).rename("value").reset_index()
 
 
@@ -225,4 +226,4 @@ def _check_layers(scores: pd.DataFrame) -> None:
         wanted = [(layer, BLOCK, Joint(PARENT, PARENT))] if layer in joint else [(layer, subblock, PARENT) for subblock in SUBBLOCKS]
         lacking += ["layer {} {} {}".format(*row) for row in wanted if row not in there]
     if lacking:
-        raise ValueError(f"scores table has no {', '.join(lacking)}, but has layer {last}. Rerun score.")
+        raise UserError(f"scores table has no {', '.join(lacking)}, but has layer {last}. Rerun score.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from puzzle_core.errors import UserError
+
 _PROMPT, _ANSWER = ("question", "prompt", "query"), ("answer", "gold", "label")  # what files in use call these columns
 
 
@@ -75,16 +77,16 @@ def _rows(path: str | Path, num_rows: int | None) -> list[tuple[Mapping, str]]:
         else:
             rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as {'parquet' if path.suffix == '.parquet' else 'jsonl'} ({error})") from error
+        raise UserError(f"{path} cannot be read as {'parquet' if path.suffix == '.parquet' else 'jsonl'} ({error})") from error
     if not rows:
-        raise ValueError(f"{path} has no questions")
+        raise UserError(f"{path} has no questions")
     return [(rows[index], f"{path}, question {index}") for index in drawn(len(rows), num_rows, path)]
 
 
 def drawn(num_rows: int, num_wanted: int | None, where: object) -> list[int]:
     """Which rows are asked where not all are: the same ones every time, in order."""
     if num_wanted is not None and num_rows < num_wanted:
-        raise ValueError(f"{where} has {num_rows} questions, {num_wanted} are asked for: lower `num_questions`")
+        raise UserError(f"{where} has {num_rows} questions, {num_wanted} are asked for: lower `num_questions`")
     return sorted(random.Random("questions").sample(range(num_rows), num_wanted or num_rows))
 
 
@@ -97,7 +99,7 @@ def _answer(answer: object, choices: tuple, columns: str, where: str) -> int:
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not pd.api.types.is_integer(answer) or not 0 <= answer < len(choices):
-        raise ValueError(f"{where}: {columns} is {answer!r}; expected a choice or its index, 0 to {len(choices) - 1}")
+        raise UserError(f"{where}: {columns} is {answer!r}; expected a choice or its index, 0 to {len(choices) - 1}")
     return int(answer)
 
 
@@ -109,20 +111,20 @@ def _question(row: Mapping, where: str) -> Question:
     prompt, answer = (next((row[name] for name in names if name in row), None) for names in (_PROMPT, _ANSWER))
     choices = _texts(row, "choices")
     if len(choices) < 2 or not _all_texts(prompt, *choices):
-        raise ValueError(f"{where}: expected a text in {' or '.join(_PROMPT)} and a list of two texts or more in choices")
+        raise UserError(f"{where}: expected a text in {' or '.join(_PROMPT)} and a list of two texts or more in choices")
     return Question(prompt, choices, _answer(answer, choices, " or ".join(_ANSWER), where))
 
 
 def _cloze(row: Mapping, where: str) -> Cloze:
     if not _all_texts(row.get("context"), row.get("continuation")):
-        raise ValueError(f"{where}: expected a text in context and one in continuation")
+        raise UserError(f"{where}: expected a text in context and one in continuation")
     return Cloze(row["context"], row["continuation"])
 
 
 def _schema(row: Mapping, where: str) -> WinogradSchema:
     contexts, continuation = _texts(row, "context_options"), row.get("continuation")
     if len(contexts) < 2 or not _all_texts(continuation, *contexts):
-        raise ValueError(f"{where}: expected a list of two texts or more in context_options and a text in continuation")
+        raise UserError(f"{where}: expected a list of two texts or more in context_options and a text in continuation")
     return WinogradSchema(contexts, continuation, _answer(row.get("gold"), contexts, "gold", where))
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from puzzle_core.errors import UserError
 from puzzle_core.launcher import is_launched
 
 PATIENCE = timedelta(days=7)  # a rank with little to do waits for the busiest; a rank that dies is noticed at once
@@ -39,7 +40,7 @@ class Ranks:
         if device.type != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"process {self.local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}. "
                 "Start as many processes as there are GPUs: launcher.processes=gpu"
             )

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError, UserError
 from puzzle_core.files import read_json
 from puzzle_core.parents import Parent
 from puzzle_core.quality import Text
@@ -57,7 +58,7 @@ def joint_kl(parent: Parent, architectures: Sequence[Architecture], weights_of: 
         found += _climb(text, architectures[start : start + at_once], weights_of)
     for architecture, kl in zip(architectures, found, strict=True):
         if not math.isfinite(kl):
-            raise FloatingPointError(f"KL of the child is {kl}: it overflows in the parent's dtype; its layers: {architecture.to_json()}")
+            raise NotFiniteError(f"KL of the child is {kl}: it overflows in the parent's dtype; its layers: {architecture.to_json()}")
     return found
 
 
@@ -112,7 +113,7 @@ def read_architectures(path: Path) -> list[dict]:
                 architecture = Architecture.from_json(entry["architecture"])
                 rows.append({"group": path.stem, "name": entry.get("method", f"{path.stem} {number}"), "architecture": architecture})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no list of architectures ({type(error).__name__}: {error}); expected such as rivals.json, pool.json and "
             'frontier.json are: [{"architecture": [{"attention": "kv1", "ffn": "w768"}, ...]}, ...]'
         ) from error
@@ -122,7 +123,7 @@ def read_architectures(path: Path) -> list[dict]:
 def measure(parent: Parent, rows: list[dict], predict: Callable, weights_of: Callable, batches: list, settings: Settings) -> list[dict]:
     """The rows, each with what `predict` says of its architecture, its child's joint KL, and the ratio; ValueError without rows."""
     if not rows:
-        raise ValueError("no architectures to measure: name files, architectures=[rivals.json,pool.json], or draw some, random=100")
+        raise UserError("no architectures to measure: name files, architectures=[rivals.json,pool.json], or draw some, random=100")
     predicted = [predict(row["architecture"]) for row in rows]
     kls = joint_kl(parent, [row["architecture"] for row in rows], weights_of, batches, settings)
     return [

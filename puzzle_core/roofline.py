@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from puzzle_core.errors import UserError
 from puzzle_core.modeling_puzzle import window_of
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, LINEAR, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
@@ -36,9 +37,9 @@ class Roofline:
     def __post_init__(self):
         for key, known in (("dtype", self.peak_tflops), ("kv_dtype", BYTES)):
             if (value := getattr(self, key)) not in known or value not in BYTES:
-                raise ValueError(f"hardware.{key} is '{value}'.{did_you_mean(value, known)} Known of {self.name}: {', '.join(known)}.")
+                raise UserError(f"hardware.{key} is '{value}'.{did_you_mean(value, known)} Known of {self.name}: {', '.join(known)}.")
         if self.num_devices > 1 and not self.link_gb_per_s:
-            raise ValueError(f"hardware.num_devices is {self.num_devices}, but link_gb_per_s of {self.name} is not known")
+            raise UserError(f"hardware.num_devices is {self.num_devices}, but link_gb_per_s of {self.name} is not known")
 
     def place(self, parent: Parent) -> str:
         """What the costs are true of, in words."""

@@ -2,6 +2,7 @@
 import pandas as pd
 import pandera.pandas as pa
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
 
 
@@ -103,4 +104,4 @@ def check(name: str, table: pd.DataFrame) -> pd.DataFrame:
         cases = error.failure_cases[["column", "check", "failure_case", "index"]].drop_duplicates()
         lines = cases.head(10).to_string(index=False)
         more = f"\n... and {len(cases) - 10} more" if len(cases) > 10 else ""
-        raise ValueError(f"{name} table does not fit its schema (puzzle_core/schemas.py):\n{lines}{more}") from error
+        raise UserError(f"{name} table does not fit its schema (puzzle_core/schemas.py):\n{lines}{more}") from error

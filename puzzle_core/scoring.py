@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError, UserError
 from puzzle_core.files import fingerprint
 from puzzle_core.parents import Parent
 from puzzle_core.quality import Questions, Text
@@ -55,15 +56,15 @@ class Settings:
         for name in self.metrics:
             if name not in TEXT_METRICS:
                 hint = did_you_mean(name, TEXT_METRICS)
-                raise ValueError(f"score.metrics: unknown metric '{name}'.{hint} Known: {', '.join(TEXT_METRICS)}.")
+                raise UserError(f"score.metrics: unknown metric '{name}'.{hint} Known: {', '.join(TEXT_METRICS)}.")
         for name, preset in (self.questions or {}).items():
             if unknown := preset.keys() - {"path", "num_questions", "length_normalised"} or {"path"} - preset.keys():
-                raise ValueError(f"score.questions.{name}: {', '.join(unknown)}? Expected path; num_questions, length_normalised if wanted")
+                raise UserError(f"score.questions.{name}: {', '.join(unknown)}? Expected path; num_questions, length_normalised if wanted")
         if not self.names:
-            raise ValueError("score.metrics is empty and there are no score.questions: nothing would be measured")
+            raise UserError("score.metrics is empty and there are no score.questions: nothing would be measured")
         for key in ("num_tokens", "variants_at_once", "head_tokens"):
             if getattr(self, key) < 1:
-                raise ValueError(f"score.{key} is {getattr(self, key)}; expected at least 1")
+                raise UserError(f"score.{key} is {getattr(self, key)}; expected at least 1")
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +80,7 @@ class Scorer:
         room = math.inf if memory_gib is None else memory_gib * 2**30
         needed = sum(test.hidden_bytes for test in tests)
         if needed > room:
-            raise ValueError(
+            raise UserError(
                 f"score.memory_gib is {memory_gib:g}, but hidden states of all scoring tokens take {needed / 2**30:.3g} GiB: "
                 "lower num_tokens in conf/score/ or raise memory_gib"
             )
@@ -217,7 +218,7 @@ def _score_layers(scorer: Scorer, layers: list[tuple], blocks: Path, settings: S
             values = [of_parent if is_parent(row.variant) else next(measured) for row in rows]
             for row, metrics in zip(rows, values, strict=True):
                 if not all(map(math.isfinite, metrics.values())):
-                    raise FloatingPointError(
+                    raise NotFiniteError(
                         f"score of variant {row.variant} of {row.subblock} in layer {layer} is {metrics}: its weights in "
                         f"{blocks / row.path} overflow in the parent's dtype; use dtype float32 in conf/parent/, or delete "
                         "the file and train it again"

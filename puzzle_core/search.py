@@ -18,6 +18,7 @@ import numpy as np
 
 from puzzle_core import mip, tables
 from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
+from puzzle_core.errors import UserError
 from puzzle_core.problem import HALVES, SCORE, Problem
 from puzzle_core.spec import BLOCK, Architecture, Constraint, Scenario, Solution
 from puzzle_core.targets import expressible
@@ -25,7 +26,7 @@ from puzzle_core.targets import expressible
 DRAWS = 16  # of weights, for each other solution of a pool that is wanted
 
 
-class InfeasibleError(ValueError):
+class InfeasibleError(UserError):
     """No architecture meets the constraints; the message says how far each one can be reached."""
 
 
@@ -45,11 +46,11 @@ class Settings:
     def __post_init__(self):
         for name, least in (("pool_size", 1), ("pool_distance", 1)):
             if not isinstance(value := getattr(self, name), int) or value < least:
-                raise ValueError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
+                raise UserError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
         if not self.pool_weights >= 1:
-            raise ValueError(f"search.pool_weights is {self.pool_weights!r}; expected a number, at least 1")
+            raise UserError(f"search.pool_weights is {self.pool_weights!r}; expected a number, at least 1")
         if self.pool_weights > 1 and self.objective != SCORE:
-            raise ValueError(f"search.pool_weights weighs scores, and search.objective is {self.objective}: set pool_weights to 1")
+            raise UserError(f"search.pool_weights weighs scores, and search.objective is {self.objective}: set pool_weights to 1")
 
 
 def posed(data: Path, settings: Settings, scenario: Scenario) -> Problem:
@@ -219,7 +220,7 @@ def frontier(
         return max(0.0, deadline - time.perf_counter()) / num_left
 
     if points < 2:
-        raise ValueError(f"frontier.points is {points}; expected at least 2")
+        raise UserError(f"frontier.points is {points}; expected at least 2")
     others = constraints_from({key: limit for key, limit in limits.items() if key != name}, problem)
     total, sense, _ = lookup(name, problem)
     loose = solve(problem, others, share_s(points + 2))
@@ -234,7 +235,7 @@ def frontier(
 
     ends = limit_at(tight, tightest), limit_at(loose, loosest)
     if not all(0 < end < math.inf for end in ends):
-        raise ValueError(f"the frontier of {name} runs from {ends[1]:g} to {ends[0]:g}; set frontier.loosest and frontier.tightest")
+        raise UserError(f"the frontier of {name} runs from {ends[1]:g} to {ends[0]:g}; set frontier.loosest and frontier.tightest")
     solutions, rows = [], problem.rows_of(tight.architecture)
     for number, limit in enumerate(np.linspace(*ends, points)):
         constraints = (*others, *constraints_from({name: float(limit)}, problem))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import Scenario, Solution, did_you_mean
 
 EAGER, CUDA_GRAPH, COMPILE = "eager", "cuda_graph", "compile"
@@ -46,9 +47,9 @@ def pick_serving(name: str, device: torch.device) -> str:
     if name == "auto":
         return CUDA_GRAPH if device.type == "cuda" else EAGER
     if name not in SERVINGS:
-        raise ValueError(f"hardware.serving is '{name}'.{did_you_mean(name, SERVINGS)} Known: auto, {', '.join(SERVINGS)}.")
+        raise UserError(f"hardware.serving is '{name}'.{did_you_mean(name, SERVINGS)} Known: auto, {', '.join(SERVINGS)}.")
     if name == CUDA_GRAPH and device.type != "cuda":
-        raise ValueError("hardware.serving is cuda_graph, but the device is a CPU; use eager or compile, or auto")
+        raise UserError("hardware.serving is cuda_graph, but the device is a CPU; use eager or compile, or auto")
     return name
 
 
@@ -156,7 +157,7 @@ class Static:
         self.graphs: dict[object, Callable[[], None]] = {}
         with opened() as model:
             if not getattr(model, "_can_compile_fullgraph", False):
-                raise ValueError(
+                raise UserError(
                     f"{type(model).__name__} has no static KV cache in transformers, which hardware.serving cuda_graph and compile "
                     "need; set `serving: eager` in the preset of conf/hardware/"
                 )
@@ -230,7 +231,7 @@ class Static:
         except RuntimeError as error:
             with self.opened() as model:
                 name = type(model).__name__
-            raise ValueError(
+            raise UserError(
                 f"{name} cannot be captured as a CUDA graph ({error}); set `serving: compile` or `eager` in the preset of conf/hardware/"
             ) from error
         return graph.replay

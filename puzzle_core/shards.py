@@ -11,6 +11,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from puzzle_core.errors import UserError
+
 GIB = 2**30
 
 
@@ -32,13 +34,13 @@ def layers_that_fit(skeleton: PreTrainedModel, layers: str, memory_gib: float, i
     if whole <= budget:
         return None
     if not in_parts:
-        raise ValueError(
+        raise UserError(
             f"this stage needs the whole parent in memory, {_gib(whole)}, and parent.memory_gib allows {_gib(budget)}: "
             "run it where there is more memory, with `memory_gib: null` in the preset in conf/parent/"
         )
     outside, largest = whole - sum(sizes), max(sizes)
     if outside + largest > budget:
-        raise ValueError(
+        raise UserError(
             f"parent.memory_gib is {memory_gib:.3g}; this parent needs {_gib(outside + largest)} at least: its largest layer and "
             "what is outside the layers. Raise it, or use a 16-bit dtype in conf/parent/."
         )

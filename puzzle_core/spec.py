@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from puzzle_core.errors import UserError
+
 ATTENTION, FFN = "attention", "ffn"
 SUBBLOCKS = (ATTENTION, FFN)
 BLOCK = "block"  # both subblocks of a layer: one row where they are trained, scored or measured together
@@ -33,7 +35,7 @@ class Variant:
     def parse(cls, text: str) -> "Variant":
         match = re.fullmatch(r"([a-z_]+?)([1-9]\d*)?", text)
         if not match:
-            raise ValueError(f"'{text}' is not a variant id; expected for example parent, kv1, w768, linear or no_op")
+            raise UserError(f"'{text}' is not a variant id; expected for example parent, kv1, w768, linear or no_op")
         return cls(match[1], int(match[2]) if match[2] else None)
 
 
@@ -60,7 +62,7 @@ class Joint:
     def parse(cls, text: str) -> "Joint":
         halves = text.split("+")
         if len(halves) != len(SUBBLOCKS):
-            raise ValueError(f"'{text}' is not a variant id of a block; expected attention+ffn, for example kv4+w768 or parent+parent")
+            raise UserError(f"'{text}' is not a variant id of a block; expected attention+ffn, for example kv4+w768 or parent+parent")
         return cls(*map(Variant.parse, halves))
 
     @property
@@ -153,7 +155,7 @@ class Scenario:
 
     def __post_init__(self):
         if min(self.batch_size, self.prompt_len, self.generation_len) < 1:
-            raise ValueError(f"workload {self}: batch size, prompt and generation length must be at least 1")
+            raise UserError(f"workload {self}: batch size, prompt and generation length must be at least 1")
 
     def __str__(self) -> str:
         return f"b{self.batch_size}p{self.prompt_len}g{self.generation_len}"
@@ -162,7 +164,7 @@ class Scenario:
     def parse(cls, text: str) -> "Scenario":
         match = re.fullmatch(r"b(\d+)p(\d+)g(\d+)", text)
         if not match:
-            raise ValueError(f"'{text}' is not a scenario id; expected for example b8p512g128")
+            raise UserError(f"'{text}' is not a scenario id; expected for example b8p512g128")
         return cls(*map(int, match.groups()))
 
     @property

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from puzzle_core import modeling_puzzle
+from puzzle_core.errors import UserError
 from puzzle_core.families import SIZED, Family
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Joint, Variant, did_you_mean
@@ -32,7 +33,7 @@ def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> lis
     """
     everywhere = {key: value for key, value in space.items() if key != "layers"}
     if lacking := set(SUBBLOCKS) - everywhere.keys():
-        raise ValueError(f"search_space lacks {', '.join(sorted(lacking))}: a list of variants, [] where every layer keeps the parent's")
+        raise UserError(f"search_space lacks {', '.join(sorted(lacking))}: a list of variants, [] where every layer keeps the parent's")
     _check_subblocks("search_space", everywhere)
     lists = [{s: (f"search_space.{s}", some) for s, some in everywhere.items()} for _ in range(config.num_hidden_layers)]
     changed = set()
@@ -41,7 +42,7 @@ def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> lis
         for layer in _layers_named(str(text), len(lists)):
             for subblock, some in own.items():
                 if (layer, subblock) in changed:
-                    raise ValueError(f"search_space.layers.{text}.{subblock}: layer {layer} has a list of its own already; give it one")
+                    raise UserError(f"search_space.layers.{text}.{subblock}: layer {layer} has a list of its own already; give it one")
                 changed.add((layer, subblock))
                 lists[layer][subblock] = f"search_space.layers.{text}.{subblock}, layer {layer}", some
     resolved = [{s: _resolved(*of_layer[s], s, config, family) for s in SUBBLOCKS} for of_layer in lists]
@@ -60,7 +61,7 @@ def resolve_space(space: dict, config: PreTrainedConfig, family: Family) -> dict
 def _check_subblocks(where: str, lists: dict) -> None:
     known = (*SUBBLOCKS, BLOCK)
     for key in lists.keys() - set(known):
-        raise ValueError(f"{where}: unknown subblock '{key}'.{did_you_mean(key, known)} Known: {', '.join(known)}.")
+        raise UserError(f"{where}: unknown subblock '{key}'.{did_you_mean(key, known)} Known: {', '.join(known)}.")
 
 
 def _layers_named(text: str, num_layers: int) -> list[int]:
@@ -70,7 +71,7 @@ def _layers_named(text: str, num_layers: int) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         some = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not some or some[-1] >= num_layers:
-            raise ValueError(
+            raise UserError(
                 f"search_space.layers: '{text}' names no layers of this parent; expected for example 0 or 1,7-9, below {num_layers}"
             )
         layers += some
@@ -83,7 +84,7 @@ def _resolved(where: str, texts: list[str], subblock: str, config: PreTrainedCon
     for text in map(str, texts):
         kind = text.rstrip("%.0123456789") if text.endswith("%") else Variant.parse(text).kind
         if kind not in kinds:
-            raise ValueError(
+            raise UserError(
                 f"{where}: '{text}' is not a variant of {subblock} in {config.model_type} parents; known kinds: {', '.join(kinds)}"
             )
         variant = _resolve(where, text, kind, config, family)
@@ -98,11 +99,11 @@ def _resolved_blocks(where: str, texts: list[str], of_layer: dict, config: PreTr
     for text in texts:
         parts = str(text).split("+")
         if len(parts) != len(SUBBLOCKS):
-            raise ValueError(f"{where}: '{text}' is not a joint variant; expected attention+ffn, for example kv1+w50%")
+            raise UserError(f"{where}: '{text}' is not a joint variant; expected attention+ffn, for example kv1+w50%")
         own = [_resolved(where, [part], subblock, config, family)[-1] for part, subblock in zip(parts, SUBBLOCKS, strict=True)]
         for half, subblock in zip(own, SUBBLOCKS, strict=True):
             if half not in of_layer[subblock]:
-                raise ValueError(f"{where}: '{text}' needs {half} in the {subblock} list of the layer, whose weights it starts from")
+                raise UserError(f"{where}: '{text}' needs {half} in the {subblock} list of the layer, whose weights it starts from")
         if (joint := Joint(*own)) not in blocks:
             blocks.append(joint)
     return blocks
@@ -128,7 +129,7 @@ def _resolve(where: str, text: str, kind: str, config: PreTrainedConfig, family:
         variant = Variant.parse(text)
     if variant.size not in sizes:
         expected = f"one of {sizes}" if kind == "kv" else f"between {least} and {whole - 1}"
-        raise ValueError(f"{where}: '{text}' does not fit this parent, whose {family.size_keys[kind]} is {whole}; expected {expected}")
+        raise UserError(f"{where}: '{text}' does not fit this parent, whose {family.size_keys[kind]} is {whole}; expected {expected}")
     return variant
 
 
@@ -227,4 +228,4 @@ def load_weights(module: nn.Module, path: Path, fingerprint: str) -> None:
         if fingerprint and variant_row(path).get("fingerprint") != fingerprint:
             raise RuntimeError("it was trained under other settings than library.parquet says")
     except (safetensors.SafetensorError, RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: not the weights of this variant ({error}). Delete it and run `dvc repro bld`.") from error
+        raise UserError(f"{path}: not the weights of this variant ({error}). Delete it and run `dvc repro bld`.") from error

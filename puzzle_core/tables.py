@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as arrow
 
+from puzzle_core.errors import UserError
 from puzzle_core.files import atomic
 from puzzle_core.spec import Joint, Variant
 
@@ -49,14 +50,14 @@ def read(name: str, path: str | Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except (arrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}). Delete it and run its stage again.") from error
+        raise UserError(f"{path} is not a readable parquet file ({error}). Delete it and run its stage again.") from error
     mark = table.attrs.pop(CHECKED, None)
     if mark is not None and mark == _digest(name, table):
         return table
     try:
         return check(name, table)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def write(name: str, table: pd.DataFrame, path: str | Path) -> None:
@@ -79,7 +80,7 @@ def variant_files(library: pd.DataFrame, blocks: Path) -> Callable[[int, str, Va
             return paths[layer, subblock, str(variant)]
         except KeyError as error:
             there = sorted({v for (n, s, v) in paths if (n, s) == (layer, subblock)})
-            raise ValueError(
+            raise UserError(
                 f"variant {variant} of {subblock} in layer {layer} is not in the library; there are: {', '.join(there) or 'none'}. "
                 "Add it to conf/search_space/ and run `dvc repro bld`, or search again."
             ) from error

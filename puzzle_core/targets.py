@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import ATTENTION, FFN, NO_OP, Variant, did_you_mean, halves, parse_variant
 
 
@@ -27,7 +28,7 @@ TARGETS: dict[str, Target] = {
 def target_named(name: str) -> Target:
     if name not in TARGETS:
         hint = did_you_mean(name, TARGETS)
-        raise ValueError(f"unknown export target '{name}'.{hint} Known: {', '.join(TARGETS)}.")
+        raise UserError(f"unknown export target '{name}'.{hint} Known: {', '.join(TARGETS)}.")
     return TARGETS[name]
 
 

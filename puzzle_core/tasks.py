@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from puzzle_core.errors import UserError
 from puzzle_core.questions import Cloze, Question, WinogradSchema, drawn, read_items
 from puzzle_core.spec import did_you_mean
 
@@ -33,7 +34,7 @@ class Task:
         known = [field.name for field in fields(cls)][1:]
         for key in settings or {}:
             if key not in known:
-                raise ValueError(f"unknown key '{key}' in evaluation.tasks.{name}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
+                raise UserError(f"unknown key '{key}' in evaluation.tasks.{name}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
         return cls(name, **settings or {})
 
 
@@ -84,7 +85,7 @@ class Exam:
         self.parts = {task.name: loaded[task.name] if task.path is None else {task.name: _local(task)} for task in tasks}
         names = [name for parts in self.parts.values() for name in parts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"evaluation.tasks: {', '.join(twice)} would be asked twice; a group of lm-eval has its parts already")
+            raise UserError(f"evaluation.tasks: {', '.join(twice)} would be asked twice; a group of lm-eval has its parts already")
         for task in tasks:
             for part in self.parts[task.name].values():
                 shots = part.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
@@ -113,7 +114,7 @@ class Exam:
         for name, part in self.parts[task.name].items():
             for sample in _once(samples[name]):
                 if task.metric not in sample["metrics"]:
-                    raise ValueError(f"evaluation.tasks.{task.name}: no metric '{task.metric}', only {', '.join(sample['metrics'])}")
+                    raise UserError(f"evaluation.tasks.{task.name}: no metric '{task.metric}', only {', '.join(sample['metrics'])}")
                 right.append(float(sample[task.metric]))
                 chance.append(1 / len(sample["arguments"]) if part.OUTPUT_TYPE == "multiple_choice" else 0.0)
         return Answers(np.array(right), sum(chance) / len(chance))
@@ -130,7 +131,7 @@ def _require_lm_eval() -> None:
         import lm_eval.evaluator
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"evaluation.tasks needs lm-eval: pip install 'puzzle[tasks]', or `make install` ({error})") from error
+        raise UserError(f"evaluation.tasks needs lm-eval: pip install 'puzzle[tasks]', or `make install` ({error})") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every argument that it does not need here
 
 
@@ -142,7 +143,7 @@ def _from_hub(names: list[str]) -> dict[str, dict]:
     for name in names:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks)
-            raise ValueError(f"evaluation.tasks: no `path`, and lm-eval has no task '{name}'.{hint}")
+            raise UserError(f"evaluation.tasks: no `path`, and lm-eval has no task '{name}'.{hint}")
     return {name: manager.load([name])["tasks"] for name in names}
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import gguf
 from transformers import AutoTokenizer
 
+from puzzle_core.errors import UserError
+
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _WORD + r"|{}" + _REST
@@ -29,13 +31,13 @@ def pre_tokenizer(content: dict) -> str:
     prefixed = any(step.get("add_prefix_space") for step in steps)
     normalised = content["normalizer"] is not None and content["normalizer"]["type"] != "NFC"
     if model["type"] != "BPE" or model.get("byte_fallback") or name is None or prefixed or normalised or not model["merges"]:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer cannot be written to GGUF: it is {model['type']} with {len(model.get('merges', []))} merges, pre-tokenizer "
             f"{list(key)}, normalizer {content['normalizer']}. What can: byte-level BPE with merges and one of the pre-tokenizers "
             f"{', '.join(known for known, _ in PRE_TOKENIZERS.values())}."
         )
     if bool(model.get("ignore_merges")) != ignores_merges:
-        raise ValueError(f"the tokenizer cannot be written to GGUF: llama.cpp's {name} has ignore_merges {ignores_merges}, this one not")
+        raise UserError(f"the tokenizer cannot be written to GGUF: llama.cpp's {name} has ignore_merges {ignores_merges}, this one not")
     return name
 
 
@@ -58,7 +60,7 @@ def split_as_in(file: Path, content: dict) -> None:
         steps, content["model"]["ignore_merges"] = by_name[name]
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": kind, **_STEP[kind](how)} for kind, how in steps]}
     elif model == "gpt2" and content["pre_tokenizer"]["type"] == "ByteLevel":  # others have been told apart, or split nothing
-        raise ValueError(
+        raise UserError(
             f"{file}: its tokenizer splits text as llama.cpp's '{name}' does, which is not known here; known: {', '.join(by_name)}. "
             "Use the original checkpoint as the parent: conf/parent/hub.yaml or directory.yaml."
         )
@@ -75,7 +77,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int) ->
         token_of[added["id"]] = added["content"]
         kind_of[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if max(token_of) >= vocab_size:
-        raise ValueError(f"{checkpoint}: the tokenizer has token {max(token_of)}, the model only {vocab_size} embeddings")
+        raise UserError(f"{checkpoint}: the tokenizer has token {max(token_of)}, the model only {vocab_size} embeddings")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list([token_of.get(index, f"[PAD{index}]") for index in range(vocab_size)])

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puzzle_core import surgery
+from puzzle_core.errors import UserError
 from puzzle_core.files import atomic
 from puzzle_core.learners import normalised_mse
 from puzzle_core.parents import Parent
@@ -45,21 +46,21 @@ class Settings:
 
     def __post_init__(self):
         if self.calibration_tokens < 1 or self.val_tokens < 1:
-            raise ValueError("bld.calibration_tokens and bld.val_tokens must be positive: pruning and the losses are measured on them")
+            raise UserError("bld.calibration_tokens and bld.val_tokens must be positive: pruning and the losses are measured on them")
         if self.ridge is not None and self.calibration_tokens <= self.seq_len * self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"bld.calibration_tokens ({self.calibration_tokens}) is one batch ({self.batch_size} x {self.seq_len}): the refit holds "
                 "one out to choose its strength by. Raise it, lower bld.batch_size, or set bld.ridge to null."
             )
         if not self.plan_tflops > 0:
-            raise ValueError(f"bld.plan_tflops is {self.plan_tflops}; expected more than 0: what one GPU sustains")
+            raise UserError(f"bld.plan_tflops is {self.plan_tflops}; expected more than 0: what one GPU sustains")
         choices = {"target": ("subblock", "block"), "loss_per": ("tensor", "token")}
         choices |= {"channels": surgery.CHANNELS, "kv_heads": surgery.KV_HEADS}
         for key, known in choices.items():
             if (name := getattr(self, key)) not in known:
-                raise ValueError(f"bld.{key}: unknown '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+                raise UserError(f"bld.{key}: unknown '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
         if self.settled is not None and self.eval_every_steps is None:
-            raise ValueError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
+            raise UserError("bld.settled needs bld.eval_every_steps: how often to look whether a loss has settled")
 
     @property
     def budgets(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from puzzle_core.errors import UserError
 from puzzle_core.spec import NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Variant
 
 TIMES = ("prefill_ms", "decode_ms")
@@ -31,7 +32,7 @@ def check_counts(preset: object, **least: int) -> None:
     """ValueError where a number of a preset of conf/hardware/ is below the least that makes sense."""
     for name, number in least.items():
         if getattr(preset, name) < number:
-            raise ValueError(f"hardware.{name} is {getattr(preset, name)}; expected at least {number}")
+            raise UserError(f"hardware.{name} is {getattr(preset, name)}; expected at least {number}")
 
 
 def num_turns(repeats: int, variant: Variant) -> int:

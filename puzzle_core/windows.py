@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from puzzle_core import surgery
+from puzzle_core.errors import NotFiniteError
 from puzzle_core.files import atomic, fingerprint
 from puzzle_core.learners import Learner, alone, is_trained, normalised_mse, together
 from puzzle_core.schedule import lr_factor
@@ -71,7 +72,7 @@ class Window:
         losses = [self._losses(learner, layer, trainee.job.subblock, calls)[0] for calls in batches]
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"loss of {trainee.job} is {loss} as it was initialised: the parent's activations overflow; use dtype "
                 "bfloat16 or float32 in conf/parent/"
             )

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from puzzle_core import checks
 from puzzle_core.config import stage
+from puzzle_core.errors import UserError
 
 
 @stage("check", reads="search")
@@ -12,7 +13,7 @@ def run(cfg):
     for fault in faults:
         print(f"- {fault}")
     if faults:
-        raise ValueError(f"{len(faults)} faults in the tables of {cfg.data}/; docs/tables.md describes what is expected")
+        raise UserError(f"{len(faults)} faults in the tables of {cfg.data}/; docs/tables.md describes what is expected")
     print(f"check: {cfg.data}/ is in order: {checks.summary(tables)}")
 
 

@@ -14,7 +14,7 @@ from puzzle_core.spec import Workload
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = [ROOT / "params.yaml", *(f for f in (ROOT / "conf").glob("*/*.yaml") if f.parent.name != "sweep")]
 # Plumbing that determines no result: how configs, tables and files are read and written, and how processes share work.
-PLUMBING_MODULES = ("config", "files", "launcher", "tables", "schemas", "ranks", "spec")
+PLUMBING_MODULES = ("config", "files", "launcher", "tables", "schemas", "ranks", "spec", "errors")
 PLUMBING = {f"puzzle_core.{name}" for name in PLUMBING_MODULES} | {"puzzle_core", "stages"}
 
 
