@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.errors import UserError
-from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
+from puzzle_core.spec import BLOCK, KV_WINDOW, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
 from puzzle_core.tables import SCHEMAS, check
 
-BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token")
+BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token", KV_WINDOW)
 REQUIRED = ("scores", "costs")
 SHOWN = 5  # rows named per fault
 
@@ -166,7 +166,7 @@ def _costs_of_scores(scores: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]
     """Each scored option has each metric that any row has, in each scenario, of its layer or of all; a block may have its halves'."""
     layers = costs["layer"] if "layer" in costs else pd.Series(-1, index=costs.index)
     options = sorted(set(scores[["layer", "subblock", "variant"]].itertuples(index=False, name=None)))
-    for (scenario, metric), rows in costs.groupby(["scenario", "metric"]):
+    for (scenario, metric), rows in costs[costs["metric"] != KV_WINDOW].groupby(["scenario", "metric"]):
         there = set(zip(layers[rows.index], rows["subblock"], rows["variant"], strict=True))
 
         def costs_something(layer: int, subblock: str, variant: str, there: set = there) -> bool:

@@ -93,10 +93,10 @@ def _scenario(name: str, total: str, entry: Mapping[str, object], problem: Probl
         )
     there = {key: entry[key] for key in ("batch_size", "context_len") if entry.get(key) is not None}
     for key, value in there.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2 - (key == "batch_size"):
-            raise UserError(f"constraint {name}: {key} is {value!r}; expected a whole number, of at least 1 sequence and 2 tokens")
-    context_len = there.get("context_len", problem.scenario.sequence_len)
-    return Scenario(there.get("batch_size", problem.scenario.batch_size), context_len - 1, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"constraint {name}: {key} is {value!r}; expected a whole number, at least 1")
+    context_len = there.get("context_len", problem.scenario.cached_tokens)
+    return Scenario(there.get("batch_size", problem.scenario.batch_size), context_len, 1)
 
 
 def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem: Problem) -> Constraint:

@@ -6,7 +6,7 @@ subblock does nothing. So overhead and memory traffic are those of real use, and
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -19,25 +19,26 @@ from transformers import PreTrainedModel
 
 from puzzle_core.errors import UserError
 from puzzle_core.files import fingerprint
+from puzzle_core.footprint import Footprint, alike
 from puzzle_core.llama_cpp import LlamaCpp
 from puzzle_core.parents import Parent
 from puzzle_core.roofline import Roofline
 from puzzle_core.serving import Eager, Static, pick_serving, place, served
-from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
-from puzzle_core.subblocks import build_subblock, num_params, randomised, swapped
-from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, num_turns, times_of
+from puzzle_core.spec import ALL_LAYERS, ATTENTION, NO_OP, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
+from puzzle_core.subblocks import build_subblock, randomised, swapped
+from puzzle_core.turns import Costs, Layers, Option, Turn, base_options, base_times, check_counts, in_turn, num_turns, times_of
 
-VERSION = 3  # raise when a change here, or in a module below, changes what a cost is
-UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes", "kv_bytes_per_token": "bytes"}
+VERSION = 4  # raise when a change here, or in a module below, changes what a cost is
+UNITS = {"prefill_ms": "ms", "decode_ms": "ms", "num_params": "count", "param_bytes": "bytes"}
+UNITS |= {"kv_bytes_per_token": "bytes", "kv_window": "tokens"}
 
 
 @contextmanager
-def _everywhere(parent: Parent, modules: Mapping[str, list[nn.Module]]) -> Iterator[PreTrainedModel]:
-    """The parent with other modules in every layer."""
+def _with(parent: Parent, modules: Mapping[tuple[int, str], nn.Module]) -> Iterator[PreTrainedModel]:
+    """The parent with other modules in the place of its own, by layer and subblock."""
     with ExitStack() as stack:
-        for subblock, some in modules.items():
-            for layer, module in enumerate(some):
-                stack.enter_context(swapped(parent, layer, subblock, module))
+        for (layer, subblock), module in modules.items():
+            stack.enter_context(swapped(parent, layer, subblock, module))
         yield parent.model
 
 
@@ -69,60 +70,54 @@ class Torch:
         return None
 
     def measure(
-        self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
+        self, parent: Parent, scenario: Scenario, groups: list[Layers], options: list[Option], base: Mapping[Option, Costs] | None
     ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`, and first those of the base if there is none."""
-        num_layers, itemsize, num_tokens = len(parent.layers), parent.model.dtype.itemsize, scenario.batch_size * scenario.sequence_len
+        itemsize = parent.model.dtype.itemsize
+        footprint = Footprint(parent, groups, itemsize, itemsize)
 
-        def modules_of(subblock: str, variant: Variant) -> list[nn.Module]:
-            return [randomised(build_subblock(parent, layer, subblock, variant)) for layer in range(num_layers)]
+        def modules_of(layers: Layers, subblock: str, variant: Variant) -> dict[tuple[int, str], nn.Module]:
+            return {(layer, subblock): randomised(build_subblock(parent, layer, subblock, variant)) for layer in layers}
 
-        def session_of(modules: dict[str, list[nn.Module]]) -> Eager | Static:
-            return served(partial(_everywhere, parent, modules), scenario, pick_serving(self.serving, parent.device))
+        def session_of(modules: Mapping[tuple[int, str], nn.Module]) -> Eager | Static:
+            return served(partial(_with, parent, modules), scenario, pick_serving(self.serving, parent.device))
 
-        nothing = {s: modules_of(s, NO_OP) for s in SUBBLOCKS}
         whole = session_of({})
 
         @functools.lru_cache(maxsize=1)
-        def alone(subblock: str) -> Eager | Static:
-            return session_of({s: nothing[s] for s in SUBBLOCKS if s != subblock})
+        def alone(layers: Layers, subblock: str) -> tuple[dict[tuple[int, str], nn.Module], Eager | Static]:
+            (other,) = set(SUBBLOCKS) - {subblock}
+            nothing = modules_of(layers, other, NO_OP)
+            return nothing, session_of(nothing)
 
-        def turns(subblock: str, variant: Variant) -> tuple[list[Turn], int, int]:
-            """Turns of the four models, the parameters of the variant, and the bytes of the KV cache with it."""
-            own = {subblock: modules_of(subblock, variant)}
-            sessions = whole, session_of(own), alone(subblock), session_of({**nothing, **own})
-            timed_by = [partial(self._times, session, scenario) for session in sessions]
-            timed = in_turn(timed_by, num_turns(self.repeats, variant), self.warmup)
-            return timed, num_params(parent, 0, subblock, own[subblock][0]), sessions[1].kv_bytes()
-
-        def sizes(count: int, kv_bytes: float = 0) -> Costs:
-            values = {"num_params": count, "param_bytes": count * itemsize, "kv_bytes_per_token": kv_bytes / num_layers / num_tokens}
-            return {metric: (float(value), 0.0) for metric, value in values.items()}
-
-        def sized(subblock: str, count: int, kv_bytes: int) -> Costs:
-            return sizes(count, kv_bytes if subblock == ATTENTION else 0)
+        def turns(option: Option) -> tuple[list[Turn], nn.Module]:
+            """Turns of the four models, and the variant's module in one of its layers."""
+            layers, subblock, variant = option
+            own = modules_of(*option)
+            nothing, without_other = alone(layers, subblock)
+            sessions = whole, session_of(own), without_other, session_of({**nothing, **own})
+            timed = in_turn([partial(self._times, each, scenario) for each in sessions], num_turns(self.repeats, variant), self.warmup)
+            return timed, own[layers[0], subblock]
 
         if base is None:
-            of_none, _, kv_bytes = turns(ATTENTION, NO_OP)
-            base = base_times(of_none, num_layers, num_layers)
-            counts = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
-            for s in SUBBLOCKS:
-                base[s, PARENT] |= sized(s, counts[s], whole.kv_bytes())
-                base[s, NO_OP] |= sized(s, num_params(parent, 0, s, nothing[s][0]), kv_bytes)
-            base[OUTSIDE, PARENT] |= sizes(sum(p.numel() for p in parent.model.parameters()) - num_layers * sum(counts.values()))
+            base = base_times({layers: turns((layers, ATTENTION, NO_OP))[0] for layers in groups})
+            for option in base:
+                base[option] |= footprint.sizes(option)
             yield from base.items()
-        for subblock, variant in options:
-            if (subblock, variant) not in BASE:
-                some, count, kv_bytes = turns(subblock, variant)
-                yield (subblock, variant), times_of(some, subblock, base, num_layers, num_layers) | sized(subblock, count, kv_bytes)
+        for option in options:
+            if option not in base:
+                timed, module = turns(option)
+                yield option, times_of(timed, *option[:2], base) | footprint.sizes(option, module)
 
     def _times(self, session: Eager | Static, scenario: Scenario) -> dict[str, float]:
         return {"prefill_ms": session.prefill(), "decode_ms": self._decode_ms(session, scenario)}
 
     def _decode_ms(self, session: Eager | Static, scenario: Scenario) -> float:
-        """Of a token, on the average of the context lengths: at each the median."""
-        parts = min(self.decode_contexts, scenario.generation_len)
-        edges = [scenario.generation_len * part // parts for part in range(parts + 1)]
+        """Of a step, on the average of the context lengths: at each the median; 0 of a request that prefill answers."""
+        if not scenario.num_decode_steps:
+            return 0.0
+        parts = min(self.decode_contexts, scenario.num_decode_steps)
+        edges = [scenario.num_decode_steps * part // parts for part in range(parts + 1)]
         medians = []
         for start, end in zip(edges, edges[1:], strict=False):
             steps = min(self.decode_steps or end - start, end - start)
@@ -167,31 +162,33 @@ def profile(
 ) -> tuple[pd.DataFrame, int]:
     """The costs table: every variant of `space`, no_op, and what is outside the blocks, for each scenario; and how many were made now.
 
-    Rows of `known` with a matching fingerprint are taken over; `keep(table)` is called with the rows so far after each variant.
+    Where the parent's layers differ each layer has rows of its own. Rows of `known` with a matching fingerprint are taken over;
+    `keep(table)` is called with the rows so far after each variant.
     """
-    where, rows, num_made = backend.place(parent), {}, 0
-    options = list(dict.fromkeys([*BASE, *((s, v) for s in SUBBLOCKS for v in space[s])]))
-    reasons = {option: reason for option in options if (reason := backend.refused(*option))}
+    where, rows, num_made, groups = backend.place(parent), {}, 0, alike(parent)
+    base_of = base_options(groups)
+    reasons = {(s, v): reason for s in SUBBLOCKS for v in (*space[s], PARENT, NO_OP) if (reason := backend.refused(s, v))}
     for (subblock, variant), reason in reasons.items():
         print(f"no costs of {subblock} {variant}: {reason}; `search.export_target` leaves such variants out", file=sys.stderr)
-    options = [option for option in options if option not in reasons]
+    every = dict.fromkeys([*base_of, *((layers, s, v) for layers in groups for s in SUBBLOCKS for v in space[s])])
+    options = [option for option in every if option[1:] not in reasons]
     told = fingerprint(VERSION, where, backend.conditions(parent), _geometry(parent))
     done = dict(list(known.groupby("fingerprint")))
     for scenario in scenarios:
-        wanted = {(s, v): fingerprint(told, s, str(v), str(scenario)) for s, v in options}
+        wanted = {option: fingerprint(told, option[0], option[1], str(option[2]), str(scenario)) for option in options}
         found = {option: _costs(done[mark]) for option, mark in wanted.items() if mark in done}
-        base = {option: found[option] for option in BASE} if all(option in found for option in BASE) else None
+        base = {option: found[option] for option in base_of} if all(option in found for option in base_of) else None
         missing = [option for option in options if base is None or option not in found]
-        measured = backend.measure(parent, scenario, missing, base) if missing else ()
+        measured = backend.measure(parent, scenario, groups, missing, base) if missing else ()
         progress = tqdm(measured, total=len(missing), desc=f"costs of {scenario}", unit="variant")
         for option, costs in found.items() if base else ():
-            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])
+            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option], len(groups) > 1)
         for option, costs in progress:
-            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option])
-            keep(_table(rows))
+            rows[option, scenario] = _rows(option, scenario, costs, backend.source, where, wanted[option], len(groups) > 1)
+            keep(_table(rows.values()))
         num_made += len(missing)
     order = {option: number for number, option in enumerate(options)}
-    return _table(dict(sorted(rows.items(), key=lambda item: (scenarios.index(item[0][1]), order[item[0][0]])))), num_made
+    return _table(rows[key] for key in sorted(rows, key=lambda key: (scenarios.index(key[1]), order[key[0]]))), num_made
 
 
 def unsure(table: pd.DataFrame) -> str:
@@ -205,11 +202,13 @@ def _costs(rows: pd.DataFrame) -> Costs:
     return {row.metric: (row.value, row.spread) for row in rows.itertuples()}
 
 
-def _rows(option: Option, scenario: Scenario, costs: Costs, source: str, where: str, mark: str) -> list[dict]:
+def _rows(option: Option, scenario: Scenario, costs: Costs, source: str, where: str, mark: str, layers_differ: bool) -> list[dict]:
+    layers, subblock, variant = option
     return [
         {
-            "subblock": option[0],
-            "variant": str(option[1]),
+            "layer": layer,
+            "subblock": subblock,
+            "variant": str(variant),
             "scenario": str(scenario),
             "metric": metric,
             "value": value,
@@ -219,9 +218,10 @@ def _rows(option: Option, scenario: Scenario, costs: Costs, source: str, where: 
             "spread": spread,
             "fingerprint": mark,
         }
+        for layer in (layers if layers and layers_differ else (ALL_LAYERS,))
         for metric, (value, spread) in costs.items()
     ]
 
 
-def _table(rows: Mapping[object, list[dict]]) -> pd.DataFrame:
-    return pd.DataFrame([row for some in rows.values() for row in some])
+def _table(rows: Iterable[list[dict]]) -> pd.DataFrame:
+    return pd.DataFrame([row for some in rows for row in some])

@@ -19,12 +19,12 @@ from puzzle_core.children import make_child, random_weights, save_child
 from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.families import family_for
+from puzzle_core.footprint import Footprint
 from puzzle_core.parents import Parent
 from puzzle_core.serving import hardware_name
 from puzzle_core.spec import ATTENTION, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
-from puzzle_core.subblocks import build_subblock, num_params
 from puzzle_core.targets import why_not
-from puzzle_core.turns import BASE, Costs, Option, Turn, base_times, check_counts, in_turn, num_turns, times_of
+from puzzle_core.turns import Costs, Layers, Option, Turn, base_options, base_times, check_counts, in_turn, num_turns, times_of
 
 ITEMSIZE = 2  # of weights and KV cache: float16, llama.cpp's default
 
@@ -56,12 +56,15 @@ class LlamaCpp:
         return None if subblock == OUTSIDE else why_not(export_gguf.TARGET, 1, subblock, variant)
 
     def measure(
-        self, parent: Parent, scenario: Scenario, options: list[Option], base: Mapping[Option, Costs] | None
+        self, parent: Parent, scenario: Scenario, groups: list[Layers], options: list[Option], base: Mapping[Option, Costs] | None
     ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`, and first those of the base if there is none. ValueError for more than one sequence at once."""
         if scenario.batch_size != 1:
             raise UserError(f"workload {scenario}: backend llama_cpp times one sequence at a time; set batch_size: 1 in conf/workload/")
-        changed, whole = self.num_layers - 1, sum(p.numel() for p in parent.model.parameters())
+        if len(groups) > 1:
+            raise UserError(f"backend llama_cpp: layers of {parent.model.config.model_type} parents differ here; use backend torch")
+        inner, changed = tuple(range(self.num_layers)), self.num_layers - 1
+        footprint = Footprint(parent, groups, ITEMSIZE, ITEMSIZE)
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             shallow, work = _shallow(parent, self.num_layers), Path(folder)
 
@@ -77,14 +80,20 @@ class LlamaCpp:
                 return in_turn(four, num_turns(self.repeats, variant), self.warmup)
 
             if base is None:
-                base = base_times(turns(ATTENTION, NO_OP), self.num_layers, changed)
-                for subblock, variant in BASE:
-                    base[subblock, variant] |= _sizes(parent, subblock, variant, whole)
-                yield from base.items()
-            for subblock, variant in options:
-                if (subblock, variant) not in BASE:
-                    times = times_of(turns(subblock, variant), subblock, base, self.num_layers, changed)
-                    yield (subblock, variant), times | _sizes(parent, subblock, variant, whole)
+                of_shallow = base_times({inner: turns(ATTENTION, NO_OP)}, {inner: changed})
+                for option, times in _of_layers(groups[0], of_shallow).items():
+                    yield option, times | footprint.sizes(option)
+            else:
+                of_shallow = _of_layers(inner, base)
+            for option in options:
+                if option not in base_options(groups):
+                    times = times_of(turns(*option[1:]), inner, option[1], of_shallow, changed)
+                    yield option, times | footprint.sizes(option)
+
+
+def _of_layers(layers: Layers, costs: Mapping[Option, Costs]) -> dict[Option, Costs]:
+    """Costs of one group of layers as those of another: they are of one layer each, and of what is outside."""
+    return {(layers if option[0] else (), *option[1:]): of_option for option, of_option in costs.items()}
 
 
 def _shallow(parent: Parent, num_layers: int) -> Parent:
@@ -106,7 +115,7 @@ def _served(shallow: Parent, architecture: Architecture, scenario: Scenario, wor
         path = Path(tempfile.mkdtemp(dir=work)) / "child.gguf"
         export_gguf.write(SavedChild.read(Path(folder) / "child"), path, "float16")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), scenario.sequence_len + 8, 1, 0
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), scenario.cached_tokens + 8, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
     os.unlink(path)  # it is mapped
@@ -119,19 +128,7 @@ def _request(server, scenario: Scenario, vocab_size: int) -> dict[str, float]:
     timings = server.handle_completions({"prompt": prompt, **options})["timings"]
     if (timings["prompt_n"], timings["predicted_n"]) != (scenario.prompt_len, scenario.generation_len):
         raise UserError(f"llama.cpp read {timings['prompt_n']} and wrote {timings['predicted_n']} tokens, not those of {scenario}")
-    return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_per_token_ms"]}
+    # llama.cpp's clock of the answer starts with the first token, which prefill gives, but it divides by all of them.
+    steps = scenario.num_decode_steps
+    return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_ms"] / steps if steps else 0.0}
 
-
-def _sizes(parent: Parent, subblock: str, variant: Variant, whole: int) -> Costs:
-    """Parameters, their bytes and those of a token in the KV cache, of the real parent, as llama.cpp holds them."""
-    own = {s: num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS}
-    count, kv_bytes = whole - len(parent.layers) * sum(own.values()), 0
-    if subblock != OUTSIDE:
-        module = parent.module(0, subblock) if variant == PARENT else build_subblock(parent, 0, subblock, variant)
-        count = num_params(parent, 0, subblock, module)
-    if subblock == ATTENTION and variant != NO_OP:
-        config = parent.model.config
-        heads = variant.size if variant.kind == "kv" else parent.family.whole_size("kv", config)
-        kv_bytes = 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * ITEMSIZE
-    values = {"num_params": count, "param_bytes": count * ITEMSIZE, "kv_bytes_per_token": kv_bytes}
-    return {metric: (float(value), 0.0) for metric, value in values.items()}

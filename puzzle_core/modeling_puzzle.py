@@ -12,7 +12,7 @@ import inspect
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -129,14 +129,14 @@ def use_own_mask(attention: nn.Module, window: int | None, index: int) -> None:
     """From now on `attention` is called with the mask of its own `window` and cache layer, whatever the model's mask is.
 
     transformers makes one mask of a kind for all layers; here windows differ from layer to layer, and so do cache lengths.
-    A dynamic cache keeps no more of such a layer than its window.
+    A cache keeps no more of such a layer than its window.
     """
     attention.window, attention.padding_mask = window, None  # the [B, T] mask of the model, see _PerLayer
 
     def before(module, args, kwargs):
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
         cache = next((kwargs[name] for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None), None)
-        if window and isinstance(cache, DynamicCache):
+        if window and cache is not None:
             _slide(cache, index, window)
         make = create_sliding_window_causal_mask if window else create_causal_mask
         mask = make(module.config, hidden_BTD, module.padding_mask, cache, layer_idx=index)
@@ -145,12 +145,17 @@ def use_own_mask(attention: nn.Module, window: int | None, index: int) -> None:
     attention.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _slide(cache: DynamicCache, index: int, window: int) -> None:
-    """Let the cache layer keep `window` tokens, if nothing is in it yet."""
+def _slide(cache, index: int, window: int) -> None:
+    """Let the cache layer, dynamic or static, keep `window` tokens, if nothing is in it yet."""
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     slot = cache.layers[index]
-    if not slot.is_initialized and getattr(slot, "sliding_window", None) != window:
+    if slot.is_initialized:
+        return
+    if isinstance(slot, StaticLayer):
+        if slot.max_cache_len > window:
+            cache.layers[index] = StaticSlidingWindowLayer(slot.max_cache_len, window)
+    elif getattr(slot, "sliding_window", None) != window:
         cache.layers[index] = DynamicSlidingWindowLayer(window)
 
 

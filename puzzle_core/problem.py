@@ -16,23 +16,30 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.errors import UserError
-from puzzle_core.spec import BLOCK, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant, parse_variant
+from puzzle_core.spec import ALL_LAYERS, BLOCK, KV_WINDOW, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant, parse_variant
 
-ALL_LAYERS = -1  # in the layer column of costs: whatever the layer
 SCORE = "score"  # the objective's total that no costs are needed for
 HALVES = (*SUBBLOCKS, BLOCK)
 
+
+
+def _kv_bytes(at: Scenario, of_token: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Bytes of the batch's KV cache at the end of the request; a window of 0 keeps every token."""
+    return at.batch_size * of_token * np.where(window > 0, np.minimum(window, at.cached_tokens), at.cached_tokens)
+
+
 # Each total: the metrics of the costs table that it is made of, and how. The batch's ms, MiB at the end of generation, counts.
+# A request of N tokens is one prefill, which gives the first, and N - 1 decode steps.
 TOTALS = {
-    "latency_ms": (("prefill_ms", "decode_ms"), lambda at, prefill, decode: prefill + at.generation_len * decode),
+    "latency_ms": (("prefill_ms", "decode_ms"), lambda at, prefill, decode: prefill + at.num_decode_steps * decode),
     "prefill_ms": (("prefill_ms",), lambda at, prefill: prefill),
     "decode_ms": (("decode_ms",), lambda at, decode: decode),
     "memory_mib": (
-        ("param_bytes", "kv_bytes_per_token"),
-        lambda at, params, kv: (params + at.batch_size * at.sequence_len * kv) / 2**20,
+        ("param_bytes", "kv_bytes_per_token", KV_WINDOW),
+        lambda at, params, kv, window: (params + _kv_bytes(at, kv, window)) / 2**20,
     ),
     "num_params": (("num_params",), lambda at, count: count),
-    "kv_mib": (("kv_bytes_per_token",), lambda at, kv: at.batch_size * at.sequence_len * kv / 2**20),
+    "kv_mib": (("kv_bytes_per_token", KV_WINDOW), lambda at, kv, window: _kv_bytes(at, kv, window) / 2**20),
 }
 WITHOUT_TIMING = ("memory_mib", "num_params", "kv_mib")  # known in every scenario, measured or not
 
@@ -175,12 +182,14 @@ class Problem:
             raise UserError(f"no scenario '{scenario}' in the costs table, which has: {', '.join(self.scenarios)}")
         costs = self.costs[self.costs["scenario"] == scenario]
         pivot = costs.pivot(index=["layer", "subblock", "variant"], columns="metric", values="value")
+        if KV_WINDOW not in pivot:
+            pivot[KV_WINDOW] = 0.0
 
         def rows_of(options: list[tuple[int, str, Variant | Joint]]) -> pd.DataFrame:
             keys = [(layer, subblock, str(variant)) for layer, subblock, variant in options]
             own = pivot.reindex(pd.MultiIndex.from_tuples(keys, names=pivot.index.names))
             general = pivot.reindex(pd.MultiIndex.from_tuples((ALL_LAYERS, *key[1:]) for key in keys))
-            return own.fillna(general.set_axis(own.index))
+            return own.fillna(general.set_axis(own.index)).fillna({KV_WINDOW: 0.0})
 
         base = rows_of([*self.options, (ALL_LAYERS, OUTSIDE, PARENT)])
         if blocks := [option for option in self.options if option[1] == BLOCK]:

@@ -4,17 +4,18 @@ Each product of matrices takes the longer of its operations at the peak rate of 
 what is between the products is read and written once. Nothing overlaps and nothing else takes time, so these are floors: use them to
 compare variants and workloads, not as promises.
 """
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from puzzle_core.errors import UserError
-from puzzle_core.modeling_puzzle import window_of
+from puzzle_core.footprint import Footprint
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, LINEAR, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Scenario, Variant, did_you_mean
-from puzzle_core.subblocks import build_subblock, num_params
-from puzzle_core.turns import Costs, Option
+from puzzle_core.spec import ATTENTION, LINEAR, NO_OP, OUTSIDE, Scenario, Variant, did_you_mean
+from puzzle_core.trace import KvCache
+from puzzle_core.turns import Costs, Layers, Option
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -54,29 +55,25 @@ class Roofline:
         return None
 
     def measure(
-        self, parent: Parent, scenario: Scenario, options: list[Option], base: object
+        self, parent: Parent, scenario: Scenario, groups: list[Layers], options: list[Option], base: object
     ) -> Iterator[tuple[Option, Costs]]:
         """The costs of each of `options`; those of the base, which the measured backends need, are computed like the rest."""
-        config, num_layers = parent.model.config, len(parent.layers)
-        whole = sum(p.numel() for p in parent.model.parameters())
-        for subblock, variant in options:
+        footprint = Footprint(parent, groups, BYTES[self.dtype], BYTES[self.kv_dtype])
+        prompt, steps = scenario.prompt_len, scenario.num_decode_steps
+        at = range(1, prompt + 1), range(prompt + 1, prompt + steps + 1)  # the tokens that each one of prefill and of decode attends to
+        for option in options:
+            _, subblock, variant = option
             if subblock == OUTSIDE:
-                count = whole - num_layers * sum(num_params(parent, 0, s, parent.module(0, s)) for s in SUBBLOCKS)
                 head = parent.model.get_output_embeddings()
-                times = [self._products_s(head, scenario.batch_size, config) for _ in range(2)]
-                kv_bytes = 0.0
+                times = [self._products_s(head, scenario.batch_size, parent.model.config) for _ in at]
+                sizes = footprint.sizes(option)
             else:
-                module = parent.module(0, subblock) if variant == PARENT else build_subblock(parent, 0, subblock, variant)
-                count = num_params(parent, 0, subblock, module)
-                kv_bytes = self._kv_bytes(parent, variant, scenario.sequence_len) if subblock == ATTENTION else 0.0
-                prompt, half = scenario.prompt_len, scenario.prompt_len + scenario.generation_len / 2
-                times = [
-                    self._subblock_s(parent, subblock, variant, module, scenario.batch_size, *of_sequence)
-                    for of_sequence in ((prompt, (prompt + 1) / 2, prompt), (1, half, half))
-                ]
-            sizes = {"num_params": count, "param_bytes": count * BYTES[self.dtype], "kv_bytes_per_token": kv_bytes}
-            metrics = {"prefill_ms": 1000 * times[0], "decode_ms": 1000 * times[1], **sizes}
-            yield (subblock, variant), {metric: (float(value), 0.0) for metric, value in metrics.items()}
+                module = footprint.module(option)
+                held, sizes = footprint.kv_cache(option, module), footprint.sizes(option, module)
+                of_both = [(prompt, at[0]), (1, at[1])]
+                times = [self._subblock_s(parent, subblock, variant, module, held, scenario.batch_size, *each) for each in of_both]
+            metrics = {"prefill_ms": 1000 * times[0], "decode_ms": 1000 * times[1] if steps else 0.0}
+            yield option, {metric: (value, 0.0) for metric, value in metrics.items()} | sizes
 
     @property
     def _between_bytes(self) -> int:
@@ -99,11 +96,19 @@ class Roofline:
         return seconds
 
     def _subblock_s(
-        self, parent: Parent, subblock: str, variant: Variant, module: nn.Module, batch_size: int, tokens: int, context: float, held: float
+        self,
+        parent: Parent,
+        subblock: str,
+        variant: Variant,
+        module: nn.Module,
+        kv: KvCache,
+        batch_size: int,
+        tokens: int,
+        contexts: range,
     ) -> float:
         """One subblock, its norm and the sum into the residual stream: `tokens` of each sequence go through it at once.
 
-        Each attends to `context` tokens on the average; `held` are in the cache at the end.
+        They attend to so many tokens as `contexts` says, to each number equally often.
         """
         if variant == NO_OP:
             return 0.0
@@ -113,26 +118,15 @@ class Roofline:
         if self.num_devices > 1:  # an all-reduce of what the devices have of the output
             seconds += 2 * (1 - 1 / self.num_devices) * hidden_bytes / (1e9 * self.link_gb_per_s)
         if subblock == ATTENTION and variant != LINEAR:
-            flops = 4 * num_tokens * self._seen(parent, variant, context) * config.num_attention_heads * _head_dim(config)
-            seconds += self._seconds(flops, batch_size * self._seen(parent, variant, held) * self._kv_bytes_each(parent, variant))
+            seen = _mean(contexts, kv.window)
+            flops = 4 * num_tokens * seen * config.num_attention_heads * _head_dim(config)
+            seconds += self._seconds(flops, batch_size * (tokens if tokens > 1 else seen) * kv.bytes_per_token)
         return seconds
 
-    def _kv_bytes_each(self, parent: Parent, variant: Variant) -> float:
-        """Of a token that is in the cache."""
-        heads = variant.size if variant.kind == "kv" else parent.family.whole_size("kv", parent.model.config)
-        return 2 * heads * _head_dim(parent.model.config) * BYTES[self.kv_dtype]
 
-    def _seen(self, parent: Parent, variant: Variant, context: float) -> float:
-        """Tokens that attention sees of `context`, on the average over the layers."""
-        config = parent.model.config
-        own = [variant.size if variant.kind == "window" else window_of(config, layer) for layer in range(len(parent.layers))]
-        return sum(min(context, window or context) for window in own) / len(own)
-
-    def _kv_bytes(self, parent: Parent, variant: Variant, sequence_len: int) -> float:
-        """Of a token of one sequence, averaged over its length."""
-        if variant in (LINEAR, NO_OP):
-            return 0.0
-        return self._kv_bytes_each(parent, variant) * self._seen(parent, variant, sequence_len) / sequence_len
+def _mean(contexts: range, window: int) -> float:
+    """The mean of `contexts`, none longer than `window` unless that is 0; 0 of no contexts."""
+    return statistics.fmean(min(context, window or context) for context in contexts) if contexts else 0.0
 
 
 def _head_dim(config) -> int:

@@ -1,7 +1,8 @@
 """Requests answered and timed as they are served: step by step by transformers, as CUDA graphs, or compiled.
 
-A request is one batch of a scenario: the prompt goes in at once (prefill), then one token of every sequence at a time comes out
-(decode), each the likeliest, through a real KV cache. On a GPU, times are the device's own, from events in its stream.
+A request is one batch of a scenario: the prompt goes in at once and the first token of every sequence comes out (prefill); each
+further token, the likeliest, is one decode step through a real KV cache. So N generated tokens are one prefill and N - 1 steps, and
+the last of them is never fed back. On a GPU, times are the device's own, from events in its stream.
 """
 import contextlib
 import platform
@@ -69,13 +70,13 @@ class Request:
     """One timed request, for the whole batch."""
 
     prefill_ms: float
-    steps_ms: list[float]  # of each generated token
-    kv_bytes: int  # in the cache at the end
+    steps_ms: list[float]  # of each generated token but the first, which prefill gives
+    kv_bytes: int  # of the cache in the last step
 
     @property
     def decode_ms(self) -> float:
-        """Of a typical step: the median, which one interruption does not move."""
-        return statistics.median(self.steps_ms)
+        """Time per output token after the first: the median step, which one interruption does not move; 0 without any."""
+        return statistics.median(self.steps_ms) if self.steps_ms else 0.0
 
     @property
     def latency_ms(self) -> float:
@@ -101,13 +102,20 @@ def _timed(run: Callable[[], object], times: int, device: torch.device) -> list[
 
 
 def _prompts(model: PreTrainedModel, scenario: Scenario) -> Tensor:
-    """Random tokens [B, T] for the whole of every sequence."""
-    shape = (scenario.batch_size, scenario.sequence_len)
+    """Random tokens [B, T] for all that is fed of every sequence."""
+    shape = (scenario.batch_size, scenario.cached_tokens)
     return torch.randint(1, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
-def _held(cache: DynamicCache | StaticCache) -> int:
-    return sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers if slot.keys is not None)
+class _Read(DynamicCache):
+    """A cache that adds up what it gives to attention: of a full window that is one token more than it keeps between steps."""
+
+    num_bytes = 0
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        self.num_bytes += keys.nbytes + values.nbytes
+        return keys, values
 
 
 class Eager:
@@ -139,11 +147,13 @@ class Eager:
 
     @torch.no_grad()
     def kv_bytes(self) -> int:
-        """What the cache holds at the end of the request."""
+        """The keys and values that the last step reads from the cache."""
         with self.opened() as model:
-            cache = DynamicCache(config=model.config)
-            model(input_ids=self.ids_BT[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _held(cache) * self.scenario.batch_size
+            cache = _Read(config=model.config)
+            for ids in (self.ids_BT[:1, :-1], self.ids_BT[:1, -1:]) if self.ids_BT.shape[1] > 1 else (self.ids_BT[:1],):
+                cache.num_bytes = 0
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache.num_bytes * self.scenario.batch_size
 
 
 class Static:
@@ -162,7 +172,7 @@ class Static:
                     "need; set `serving: eager` in the preset of conf/hardware/"
                 )
             self.device, self.ids_BT = model.device, _prompts(model, scenario)
-            self.cache = StaticCache(config=model.config, max_cache_len=scenario.sequence_len)
+            self.cache = StaticCache(config=model.config, max_cache_len=scenario.cached_tokens)
             self.token = self.ids_BT[:, :1].clone()
             self.step = model
             if compiled:
@@ -184,12 +194,13 @@ class Static:
     @contextlib.contextmanager
     def _known_to_be_empty(self) -> Iterator[None]:
         """Asking the device would break a graph, and not knowing would keep attention from its causal kernels."""
-        for slot in self.cache.layers:
+        slots = list(self.cache.layers)  # the first prefill puts others in their place where layers have windows of their own
+        for slot in slots:
             slot.get_seq_length = lambda: 0
         try:
             yield
         finally:
-            for slot in self.cache.layers:
+            for slot in slots:
                 del slot.get_seq_length
 
     def _feed(self, call: Callable, ids: Tensor) -> None:
@@ -244,7 +255,7 @@ class Static:
     @torch.no_grad()
     def decode(self, context_len: int, num_steps: int) -> list[float]:
         """Milliseconds of each of `num_steps` tokens, the first of them with `context_len` tokens in the cache."""
-        lengths = range(context_len, min(context_len + num_steps, self.scenario.sequence_len))
+        lengths = range(context_len, min(context_len + num_steps, self.scenario.cached_tokens))
         phases = [tuple(length >= window for window in self._windows) for length in lengths]  # a full window is another graph
         steps = {phase: self._ready(phase, self._step, length) for phase, length in reversed([*zip(phases, lengths, strict=True)])}
         self._seek(context_len)
@@ -252,8 +263,8 @@ class Static:
         return _timed(lambda: steps[next(ahead)](), len(phases), self.device)
 
     def kv_bytes(self) -> int:
-        """What the cache holds at the end of the request."""
-        return _held(self.cache)
+        """What the cache holds."""
+        return sum(slot.keys.nbytes + slot.values.nbytes for slot in self.cache.layers)
 
 
 def served(opened: Opened, scenario: Scenario, serving: str) -> Eager | Static:
@@ -264,7 +275,7 @@ def served(opened: Opened, scenario: Scenario, serving: str) -> Eager | Static:
 def request(session: Eager | Static) -> Request:
     """Answer one request whole."""
     prefill_ms = session.prefill()
-    return Request(prefill_ms, session.decode(session.scenario.prompt_len, session.scenario.generation_len), session.kv_bytes())
+    return Request(prefill_ms, session.decode(session.scenario.prompt_len, session.scenario.num_decode_steps), session.kv_bytes())
 
 
 def side_by_side(models: dict[str, PreTrainedModel], scenario: Scenario, serving: str, repeats: int, warmup: int) -> dict[str, dict]:

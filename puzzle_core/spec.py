@@ -13,6 +13,8 @@ from puzzle_core.errors import UserError
 ATTENTION, FFN = "attention", "ffn"
 SUBBLOCKS = (ATTENTION, FFN)
 BLOCK = "block"  # both subblocks of a layer: one row where they are trained, scored or measured together
+ALL_LAYERS = -1  # in the layer column of costs: the same in every layer
+KV_WINDOW = "kv_window"  # the metric whose rows a costs table may leave out: where there is none, the KV cache keeps every token
 OUTSIDE = "outside"  # what is not in a block: embeddings, final norm, LM head. A row of costs, never a choice.
 
 
@@ -168,8 +170,14 @@ class Scenario:
         return cls(*map(int, match.groups()))
 
     @property
-    def sequence_len(self) -> int:
-        return self.prompt_len + self.generation_len
+    def num_decode_steps(self) -> int:
+        """Prefill gives the first token, each decode step one more."""
+        return self.generation_len - 1
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of one sequence in the KV cache at the end: the last token is not fed back."""
+        return self.prompt_len + self.generation_len - 1
 
 
 @dataclass(frozen=True)

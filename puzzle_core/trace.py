@@ -156,14 +156,32 @@ class Call:
             return first(module(*self.args, **self.kwargs)).view_as(self.output_BTD)  # opt's FFN sees all tokens in one row
 
 
+@dataclass(frozen=True)
+class KvCache:
+    """What one layer's attention keeps of a sequence, whatever its length."""
+
+    bytes_per_token: int  # keys and values of one token
+    window: int  # tokens that are kept at most; 0: all
+
+
+class _Watched(DynamicCache):
+    """A cache that adds up the keys and values it is given."""
+
+    num_bytes = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.num_bytes += key_states.nbytes + value_states.nbytes
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 @torch.no_grad()
-def kv_bytes_per_token(module: nn.Module, layer: int, call: Call) -> int:
-    """Bytes that `module`, as layer's attention, really leaves in a KV cache for one token of one sequence."""
-    cache = DynamicCache(config=getattr(module, "config", None))
+def kv_cache(module: nn.Module, layer: int, call: Call) -> KvCache:
+    """What `module`, as the attention of `layer`, really puts into a KV cache, and how much of it the cache keeps."""
+    cache = _Watched(config=getattr(module, "config", None))
     name = next(name for name in ("past_key_values", "layer_past") if name in call.kwargs)
     module(*call.args, **{**call.kwargs, name: cache})
-    slot = cache.layers[layer]
-    return (slot.keys.nbytes + slot.values.nbytes) // call.output_BTD.shape[:2].numel()
+    of_token = cache.num_bytes // call.output_BTD.shape[:2].numel()
+    return KvCache(of_token, getattr(cache.layers[layer], "sliding_window", 0) if of_token else 0)
 
 
 class ParentRun:

@@ -14,7 +14,7 @@ from puzzle_core.learners import normalised_mse
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, load_weights, num_params
-from puzzle_core.trace import Call, kv_bytes_per_token
+from puzzle_core.trace import Call, kv_cache
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
         "num_tokens": trainee.num_tokens,
         "outcome": trainee.outcome,
         "num_params": num_params(parent, job.layer, job.subblock, module),
-        "kv_bytes_per_token": 0 if attention is None else kv_bytes_per_token(attention, job.layer, call),
+        "kv_bytes_per_token": 0 if attention is None else kv_cache(attention, job.layer, call).bytes_per_token,
         "path": job.file_name,
         "fingerprint": job.fingerprint,
     }

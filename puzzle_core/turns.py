@@ -7,7 +7,9 @@ differences, a Shapley value, is exact at the parent and at the model without bl
     saved(v)     = median over turns of (t_parent - t_v + t_alone - t_v_alone) / (2 * t_parent) * t_parent / layers with the variant
     cost(parent) = saved(no_op)
     cost(v)      = cost(parent) - saved(v)
-    outside      = t_parent - layers * (saved(no_op) of attention + of the FFN)
+    outside      = t_parent - sum over layers of (saved(no_op) of attention + of the FFN)
+
+Where the parent's layers differ, each group of layers that are alike is changed and measured apart.
 
 A turn's ratios are taken in that turn, so that drift of the machine cancels. A difference that noise pushes below 0 is written
 as 0, with its spread: half the interquartile range of the turns, of differences the root of the sum of squares.
@@ -22,8 +24,8 @@ from puzzle_core.errors import UserError
 from puzzle_core.spec import NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Variant
 
 TIMES = ("prefill_ms", "decode_ms")
-BASE = [*((s, v) for s in SUBBLOCKS for v in (PARENT, NO_OP)), (OUTSIDE, PARENT)]  # what the others are measured against
-Option = tuple[str, Variant]
+Layers = tuple[int, ...]  # layers that are alike; () of what is outside the blocks
+Option = tuple[Layers, str, Variant]
 Costs = dict[str, tuple[float, float]]  # metric: value and spread
 Turn = tuple[dict[str, float], ...]  # times of the parent, with the variant, with no_op in the other subblock, with both
 
@@ -56,36 +58,45 @@ def _median(values: Sequence[float]) -> tuple[float, float]:
 
 
 def saved(turns: Sequence[Turn], metric: str) -> tuple[float, float]:
-    """What the variant saves, as a share of the parent's time, and its spread."""
-    times = ([model[metric] for model in turn] for turn in turns)
+    """What the variant saves, as a share of the parent's time, and its spread; 0 of a request that has no such step."""
+    times = [[model[metric] for model in turn] for turn in turns]
+    if not any(map(any, times)):
+        return 0.0, 0.0
     return _median([(parent - changed + alone - changed_alone) / (2 * parent) for parent, changed, alone, changed_alone in times])
 
 
-def base_times(turns: Sequence[Turn], num_layers: int, num_changed: int) -> dict[Option, Costs]:
-    """Times of the parent's subblocks, of none, and of what is outside, from turns of no_op in the first subblock.
+def base_options(groups: Sequence[Layers]) -> list[Option]:
+    """What the others are measured against: the parent and no_op in each group of layers, and what is outside."""
+    return [*((layers, s, v) for layers in groups for s in SUBBLOCKS for v in (PARENT, NO_OP)), ((), OUTSIDE, PARENT)]
 
-    The models have `num_layers` layers, of which `num_changed` are changed.
+
+def base_times(turns_of: Mapping[Layers, Sequence[Turn]], num_changed: Mapping[Layers, int] | None = None) -> dict[Option, Costs]:
+    """Times of the parent's subblocks, of none, and of what is outside, from turns of no_op in the attention of each group of layers.
+
+    `num_changed` is in how many layers the timed models differ, where it is not in all of a group.
     """
-    costs: dict[Option, Costs] = {option: {} for option in BASE}
-    of_other = [(parent, alone, changed, both) for parent, changed, alone, both in turns]
+    costs: dict[Option, Costs] = {option: {} for option in base_options(list(turns_of))}
     for metric in TIMES:
-        total = statistics.median(turn[0][metric] for turn in turns)
+        total = statistics.median(turn[0][metric] for turns in turns_of.values() for turn in turns)
         outside, of_outside = total, 0.0
-        for subblock, some in zip(SUBBLOCKS, (turns, of_other), strict=True):
-            value, spread = (total / num_changed * share for share in saved(some, metric))
-            costs[subblock, PARENT][metric] = max(0.0, value), spread
-            costs[subblock, NO_OP][metric] = 0.0, spread
-            outside, of_outside = outside - num_layers * max(0.0, value), math.hypot(of_outside, num_layers * spread)
-        costs[OUTSIDE, PARENT][metric] = max(0.0, outside), of_outside
+        for layers, turns in turns_of.items():
+            of_other = [(parent, alone, changed, both) for parent, changed, alone, both in turns]
+            for subblock, some in zip(SUBBLOCKS, (turns, of_other), strict=True):
+                value, spread = (total / (num_changed or {}).get(layers, len(layers)) * share for share in saved(some, metric))
+                costs[layers, subblock, PARENT][metric] = max(0.0, value), spread
+                costs[layers, subblock, NO_OP][metric] = 0.0, spread
+                outside, of_outside = outside - len(layers) * max(0.0, value), math.hypot(of_outside, len(layers) * spread)
+        costs[(), OUTSIDE, PARENT][metric] = max(0.0, outside), of_outside
     return costs
 
 
-def times_of(turns: Sequence[Turn], subblock: str, base: Mapping[Option, Costs], num_layers: int, num_changed: int) -> Costs:
-    """Times of a variant of `subblock`, from its `turns` and the `base` rows."""
+def times_of(turns: Sequence[Turn], layers: Layers, subblock: str, base: Mapping[Option, Costs], num_changed: int | None = None) -> Costs:
+    """Times of a variant of `subblock` in `layers`, from its `turns` and the `base` rows; `num_changed` as for those."""
     costs = {}
     for metric in TIMES:
-        total = base[OUTSIDE, PARENT][metric][0] + num_layers * sum(base[s, PARENT][metric][0] for s in SUBBLOCKS)
-        value, spread = (total / num_changed * share for share in saved(turns, metric))
-        whole, whole_spread = base[subblock, PARENT][metric]
+        parents = {option: found[metric][0] for option, found in base.items() if option[-1] == PARENT}
+        total = math.fsum((len(option[0]) or 1) * value for option, value in parents.items())
+        value, spread = (total / (num_changed or len(layers)) * share for share in saved(turns, metric))
+        whole, whole_spread = base[layers, subblock, PARENT][metric]
         costs[metric] = max(0.0, whole - value), math.hypot(spread, whole_spread)
     return costs

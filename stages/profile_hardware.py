@@ -20,7 +20,7 @@ def run(cfg):
         table, made = costs.profile(parent, space, scenarios, backend, known, lambda rows: tables.write("costs", rows, partial))
         tables.write("costs", table, path)
         partial.unlink(missing_ok=True)
-    kept = table.groupby(["subblock", "variant", "scenario"]).ngroups - made
+    kept = table["fingerprint"].nunique() - made
     print(f"profile-hardware: {made} costs {backend.source} on {table.hardware[0]}, {kept} kept{costs.unsure(table)}; "
           f"{', '.join(map(str, scenarios))}; {path}")  # fmt: skip
 

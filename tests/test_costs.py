@@ -1,17 +1,21 @@
 """Costs: what is measured, how differences become a table, and when a measurement is taken over."""
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
-from conftest import architecture, pico_parent, variants
+from conftest import PICO_FAMILIES, architecture, pico_parent, variants
 from test_export import bpe
 
 from benchmarks import costs as benchmark
-from puzzle_core import costs, plots, serving, tables, turns
+from puzzle_core import constraints, costs, llama_cpp, plots, search, serving, tables, turns
 from puzzle_core.children import make_child
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Workload
+from puzzle_core.problem import Problem
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Variant, Workload
 from puzzle_core.subblocks import resolve_space
 
 SCENARIO = Scenario(2, 16, 6)
@@ -58,13 +62,14 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
         own, nothing = {subblock: variant}, {s: "nothing" for s in SUBBLOCKS if s != subblock}
         return [tuple({m: f * total(m, **some) for m in truth} for some in ({}, own, nothing, {**own, **nothing})) for f in slower]
 
-    base = turns.base_times(timed(ATTENTION, "nothing"), layers, layers)
-    found = turns.times_of(timed(FFN, "w"), FFN, base, layers, layers)
+    whole = tuple(range(layers))
+    base = turns.base_times({whole: timed(ATTENTION, "nothing")})
+    found = turns.times_of(timed(FFN, "w"), whole, FFN, base)
     for metric, expected in truth.items():
         scale = 1.5  # the median of the parent's turns
         for subblock in SUBBLOCKS:  # half of what they cost together is each one's
-            assert base[subblock, PARENT][metric][0] == pytest.approx(scale * (expected[subblock] + both / 2))
-        assert base[OUTSIDE, PARENT][metric][0] == pytest.approx(scale * expected["outside"])
+            assert base[whole, subblock, PARENT][metric][0] == pytest.approx(scale * (expected[subblock] + both / 2))
+        assert base[(), OUTSIDE, PARENT][metric][0] == pytest.approx(scale * expected["outside"])
         assert found[metric] == pytest.approx((scale * (expected["w"] + both / 2), 0.0), abs=1e-9)
 
 
@@ -101,7 +106,7 @@ def test_a_killed_profile_keeps_the_variants_it_has(pico):
 def test_tokens_are_timed_at_several_context_lengths(pico, monkeypatch):
     asked = []
     monkeypatch.setattr(serving.Eager, "decode", lambda self, context, steps: asked.append((context, steps)) or [float(context)] * steps)
-    session = serving.served(partial(nullcontext, pico.model), Scenario(1, 10, 12), "eager")
+    session = serving.served(partial(nullcontext, pico.model), Scenario(1, 10, 13), "eager")
     assert costs.Torch(decode_contexts=3, decode_steps=2)._decode_ms(session, session.scenario) == (11 + 15 + 19) / 3
     assert asked == [(11, 2), (15, 2), (19, 2)]
 
@@ -121,8 +126,8 @@ def test_however_it_is_served_the_answer_is_the_same(pico, kind, tmp_path, monke
     with torch.no_grad():
         expected = child(input_ids=ids, use_cache=False).logits[:, 15:].argmax(-1)
     assert (torch.cat([ids[:, 16:], session.token], 1) == expected).all()
-    assert session.kv_bytes() == 2 * 2 * 22 * 16 * 4 * (1 + 2)  # keys, values; two sequences of 22 tokens; 1 and 2 heads of 16 channels
-    assert len(serving.request(session).steps_ms) == 6
+    assert session.kv_bytes() == 2 * 2 * 21 * 16 * 4 * (1 + 2)  # keys, values; two sequences of 21 tokens; 1 and 2 heads of 16 channels
+    assert len(serving.request(session).steps_ms) == 5
 
 
 def test_predicted_memory_is_what_the_child_takes(pico, tmp_path):
@@ -132,7 +137,7 @@ def test_predicted_memory_is_what_the_child_takes(pico, tmp_path):
     value = profile(pico, space_of(pico), SCENARIO)[0].set_index(["subblock", "variant", "metric"]).value
     rows = [(OUTSIDE, "parent"), *((s, str(v)) for _, s, v in chosen.items())]
     params, kv = (sum(value[(*row, metric)] for row in rows) for metric in ("param_bytes", "kv_bytes_per_token"))
-    assert found["memory_mib"] == pytest.approx((params + 2 * 22 * kv) / 2**20)
+    assert found["memory_mib"] == pytest.approx((params + 2 * 21 * kv) / 2**20)
 
 
 def test_what_cannot_be_served_is_refused_with_the_way_out():
@@ -242,3 +247,137 @@ def test_the_benchmark_compares_children_with_their_predictions(capsys):
     for row in found["architectures"].values():
         assert row["latency_ms"]["error"] == row["latency_ms"]["predicted"] / row["latency_ms"]["realised"] - 1
     assert "pico memory_mib: median error 0.0%, worst 0.0% (5 %, 10 %: met)" in capsys.readouterr().out
+
+
+def test_a_request_of_n_tokens_is_one_prefill_and_n_minus_one_steps(pico, monkeypatch):
+    monkeypatch.setattr(serving.Eager, "prefill", lambda self: 10.0)
+    monkeypatch.setattr(serving.Eager, "decode", lambda self, context, steps: [2.0] * steps)
+    at = Scenario(2, 16, 6)
+    problem = Problem.from_tables(parent_scores(pico), profile(pico, {ATTENTION: [], FFN: []}, at)[0], "kl", str(at))
+    asked = serving.request(serving.served(partial(nullcontext, pico.model), at, "eager"))
+    assert 1 + len(asked.steps_ms) == 6 and asked.latency_ms == 10 + 5 * 2
+    assert problem.parent_totals["latency_ms"] == pytest.approx(asked.latency_ms)
+    assert problem.parent_totals["throughput_tokens_per_s"] == pytest.approx(2 * 6 / 0.020)
+    assert (asked.latency_ms - asked.prefill_ms) / (6 - 1) == asked.decode_ms  # time per output token, as serving benchmarks have it
+
+
+def test_a_request_of_one_token_has_no_decode_step(pico):
+    at = Scenario(2, 16, 1)
+    problem = Problem.from_tables(parent_scores(pico), profile(pico, {ATTENTION: [], FFN: []}, at)[0], "kl", str(at))
+    assert problem.parent_totals["decode_ms"] == 0 and problem.parent_totals["latency_ms"] == problem.parent_totals["prefill_ms"] > 0
+    for kind in ("eager", "compile"):
+        asked = serving.request(serving.served(partial(nullcontext, pico.model), at, kind))
+        assert asked.steps_ms == [] and asked.decode_ms == 0 and asked.kv_bytes == problem.parent_totals["kv_mib"] * 2**20
+
+
+def test_the_request_generates_what_it_is_said_to(pico, monkeypatch):
+    fed = []
+    monkeypatch.setattr(pico.model, "forward", lambda *a, f=pico.model.forward, **kw: fed.append(kw["input_ids"].shape[1]) or f(*a, **kw))
+    serving.request(serving.Eager(partial(nullcontext, pico.model), Scenario(1, 7, 4)))
+    assert fed[:4] == [7, 1, 1, 1]
+
+
+def test_llama_cpp_pays_for_n_minus_one_steps():
+    timings = {"prompt_n": 16, "predicted_n": 5, "prompt_ms": 10.0, "predicted_ms": 8.0, "predicted_per_token_ms": 1.6}
+    server = SimpleNamespace(handle_completions=lambda request: {"timings": timings})
+    assert llama_cpp._request(server, Scenario(1, 16, 5), 300) == {"prefill_ms": 10.0, "decode_ms": 2.0}
+
+
+def test_a_roofline_averages_over_the_contexts_of_the_decode_steps(pico):
+    slow = roofline(peak_tflops={"bfloat16": 1e9}, memory_gb_per_s=1.0)
+    at = {n: profile(pico, space_of(pico), Scenario(1, 10, n), backend=slow)[0] for n in (2, 8)}
+    decode = {n: t.set_index(["subblock", "variant", "metric"]).value["attention", "parent", "decode_ms"] for n, t in at.items()}
+    of_token = 2 * 2 * 16 * 2  # keys and values of 2 heads of 16 channels in bfloat16; the steps attend to 11, and to 11 to 17 tokens
+    assert decode[8] - decode[2] == pytest.approx(1e3 * (14 - 11) * of_token / 1e9)
+
+
+FAMILIES_WITH_CACHES = sorted({"llama", *PICO_FAMILIES})
+SIZES_ONLY = {"name": "none", "peak_tflops": {"float32": 1.0}, "memory_gb_per_s": 1.0, "dtype": "float32", "kv_dtype": "float32"}
+
+
+def parent_scores(parent, space=None):
+    """A score of 0 for the parent's own, 0.1 for every other variant of `space` in every layer."""
+    options = {s: dict.fromkeys([PARENT, *(space or {}).get(s, [])]) for s in SUBBLOCKS}
+    common = {"metric": "kl", "num_tokens": 1, "fingerprint": ""}
+    rows = [
+        {**common, "layer": layer, "subblock": s, "variant": str(v), "value": 0.0 if v == PARENT else 0.1}
+        for layer in range(len(parent.layers))
+        for s in SUBBLOCKS
+        for v in options[s]
+    ]
+    return tables.check("scores", pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_CACHES)
+def test_predicted_kv_bytes_are_those_of_the_childs_cache_to_the_byte(family, tmp_path):
+    parent = pico_parent(family)
+    texts = [f"{kind}" for kind in ("kv1", "window5", "window7") if kind.rstrip("157") in parent.family.size_keys]
+    space = resolve_space({ATTENTION: [*texts, "linear", "no_op"], FFN: ["no_op"]}, parent.model.config, parent.family)
+    table, _ = profile(parent, space, Scenario(1, 4, 2), backend=costs.backend({"backend": "roofline", **SIZES_ONLY}))
+    problem = Problem.from_tables(parent_scores(parent, space), table, "kl", "b1p4g2")
+    draw = random.Random(family)
+    for number in range(3):
+        chosen = Architecture(tuple((draw.choice(space[ATTENTION]), PARENT) for _ in parent.layers))
+        child = make_child(parent, chosen, variants(parent, tmp_path))
+        for at in (Scenario(1, 1, 1), Scenario(2, 7, 3), Scenario(1 + number, 8, 5), Scenario(1, 10, 20)):
+            predicted = problem.total("kv_mib", problem.rows_of(chosen), at) * 2**20
+            sessions = [serving.Eager(partial(nullcontext, child), at)]
+            if child._can_compile_fullgraph:
+                sessions.append(serving.Static(partial(nullcontext, child), at, compiled=False))
+            for session in sessions:
+                assert serving.request(session).kv_bytes == predicted, (type(session).__name__, at, chosen.to_json())
+
+
+def test_a_kv_limit_holds_in_a_parent_whose_layers_differ(tmp_path):
+    """Gemma 3 has 5 sliding layers in 6, so its full layers hold nearly all of a long context's cache."""
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    parent = pico_parent("gemma3_text", num_hidden_layers=6, layer_types=types)
+    space = resolve_space({ATTENTION: ["no_op", "kv1"], FFN: []}, parent.model.config, parent.family)
+    at = Scenario(1, 190, 3)
+    table, _ = profile(parent, space, at, backend=costs.backend({"backend": "roofline", **SIZES_ONLY}))
+    assert set(table.loc[table.subblock == ATTENTION, "layer"]) == set(range(6))
+    problem = Problem.from_tables(parent_scores(parent, space), table, "kl", str(at))
+    (found,) = search.search(problem, {"kv_fraction": 0.5}, search.Settings())
+    child = make_child(parent, found.architecture, variants(parent, tmp_path))
+    held, whole = (serving.Eager(partial(nullcontext, model), at).kv_bytes() for model in (child, parent.model))
+    assert found.status == "optimal" and held / whole <= 0.5 and found.totals["kv_mib"] * 2**20 == held
+    assert whole == 2 * 2 * 24 * 4 * (5 * 12 + 192)  # keys, values; 2 heads of 24 channels in float32; windows of 12 tokens
+
+
+def test_a_window_costs_what_it_holds_at_any_context():
+    parent = pico_parent("mistral", num_key_value_heads=4, head_dim=64, sliding_window=None, max_position_embeddings=8192)
+    space = resolve_space({ATTENTION: ["window64"], FFN: []}, parent.model.config, parent.family)
+    table, _ = profile(parent, space, Scenario(1, 80, 16), backend=costs.backend({"backend": "roofline", **SIZES_ONLY}))
+    problem = Problem.from_tables(parent_scores(parent, space), table, "kl", "b1p80g16")
+    rows = problem.rows_of(Architecture.uniform(3, Variant("window", 64)))
+    limits = {"kv_mib": [{"at_most": 1, "context_len": context} for context in (32, 8192)]}
+    held = [constraints.reached(limit, problem, rows) / 3 for limit in constraints.constraints_from(limits, problem)]
+    assert held == [0.0625, 0.125]  # 2,048 bytes a token of a layer, of 32 tokens and of the window's 64
+
+
+def test_layers_that_differ_are_timed_apart(monkeypatch):
+    parent = pico_parent("gemma3_text")  # sliding, full, sliding
+    price = {"sliding": 2.0, "full": 5.0, "kv1": 1.0, "ffn": 3.0}
+    original = [{s: parent.module(layer, s) for s in SUBBLOCKS} for layer in range(3)]
+
+    def times(self, session, scenario):
+        total = 7.0
+        with session.opened():
+            for layer, own in enumerate(original):
+                for subblock in SUBBLOCKS:
+                    module = parent.module(layer, subblock)
+                    if module is own[subblock]:
+                        total += price["ffn" if subblock == FFN else "full" if layer == 1 else "sliding"]
+                    elif not type(module).__name__.startswith("NoOp"):
+                        total += price["kv1"] * (1 + (layer == 1))
+        return {"prefill_ms": total, "decode_ms": total / 10}
+
+    monkeypatch.setattr(costs.Torch, "_times", times)
+    table, made = profile(parent, resolve_space({ATTENTION: ["kv1"], FFN: []}, parent.model.config, parent.family), SCENARIO)
+    value = table.set_index(["layer", "subblock", "variant", "metric"]).value
+    for layer, expected in enumerate([2.0, 5.0, 2.0]):
+        assert value[layer, "attention", "parent", "prefill_ms"] == pytest.approx(expected)
+        assert value[layer, "attention", "kv1", "decode_ms"] == pytest.approx(0.1 * (1 + (layer == 1)))
+        assert value[layer, "ffn", "parent", "prefill_ms"] == pytest.approx(3.0)
+    assert value[-1, "outside", "parent", "prefill_ms"] == pytest.approx(7.0) and made == 2 * 5 + 1
+    assert profile(parent, resolve_space({ATTENTION: ["kv1"], FFN: []}, parent.model.config, parent.family), SCENARIO, known=table)[1] == 0

@@ -178,10 +178,10 @@ def test_totals_are_the_sums_that_a_reader_would_do_by_hand():
     half = Architecture(((PARENT, PARENT), (NO_OP, NO_OP)))
     found = totals(problem, half)  # two parent subblocks and what is outside: three rows
     assert found["prefill_ms"] == 12 and found["decode_ms"] == 1.5
-    assert found["latency_ms"] == 12 + 32 * 1.5  # 32 generated tokens
-    assert found["kv_mib"] == 3 * 2 * 96 * 2**13 / 2**20  # 2 sequences of 64 + 32 tokens
+    assert found["latency_ms"] == 12 + 31 * 1.5  # prefill gives the first of 32 tokens
+    assert found["kv_mib"] == 3 * 2 * 95 * 2**13 / 2**20  # 2 sequences of 64 + 32 tokens, of which the last is not fed back
     assert found["memory_mib"] == 3 + found["kv_mib"] and found["num_params"] == 21
-    assert found["throughput_tokens_per_s"] == pytest.approx(2 * 32 / 0.060)
+    assert found["throughput_tokens_per_s"] == pytest.approx(2 * 32 / 0.0585)
 
 
 def test_totals_of_an_unknown_variant_name_the_layer_and_the_variant():
