@@ -27,7 +27,7 @@ from puzzle_core.trace import ParentRun
 from puzzle_core.trainees import Job, Settings
 from puzzle_core.windows import Window, unfinished
 
-VERSION = 2  # raise when a change here, or in a module below, changes what a variant's weights are
+VERSION = 3  # raise when a change here, or in a module below, changes what a variant's weights are
 
 
 def jobs(parent: Parent, spaces: list[dict[str, list[Variant | Joint]]], settings: Settings, seed: int, corpus: Corpus) -> list[Job]:

@@ -128,7 +128,7 @@ def _request(server, scenario: Scenario, vocab_size: int) -> dict[str, float]:
     timings = server.handle_completions({"prompt": prompt, **options})["timings"]
     if (timings["prompt_n"], timings["predicted_n"]) != (scenario.prompt_len, scenario.generation_len):
         raise UserError(f"llama.cpp read {timings['prompt_n']} and wrote {timings['predicted_n']} tokens, not those of {scenario}")
-    # llama.cpp's clock of the answer starts with the first token, which prefill gives, but it divides by all of them.
+    # The clock of the answer starts with the first token, which prefill gives; its mean has been over N and over N - 1 steps.
     steps = scenario.num_decode_steps
     return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_ms"] / steps if steps else 0.0}
 

@@ -24,7 +24,7 @@ from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params, resolve_space, swapped
 from puzzle_core.surgery import KV_HEADS, Basis, initialise, rows
-from puzzle_core.trace import Call, ParentRun, kv_bytes_per_token
+from puzzle_core.trace import Call, KvCache, ParentRun, kv_cache
 
 IDS = torch.randint(1, 257, (2, 16), generator=torch.Generator().manual_seed(0))
 PICO_SIZES = {"kv": 1, "window": 5, "w": 80, "e": 4}
@@ -236,10 +236,12 @@ def test_sizes_are_those_of_the_modules_and_the_cache(name, subblock, variant):
         outside -= num_params(parent, layer, at, original)
         blocks += num_params(parent, layer, at, module)
         if at == ATTENTION:
-            kv_bytes += kv_bytes_per_token(module, layer, calls(parent, layer)[ATTENTION])
+            held = kv_cache(module, layer, calls(parent, layer)[ATTENTION])
+            kept = min(IDS.shape[1], held.window - 1) if held.window else IDS.shape[1]  # of a full window the step adds the last itself
+            kv_bytes += held.bytes_per_token * kept * len(IDS)
     assert blocks + outside == sum(p.numel() for p in child.parameters())
     cache = child(IDS, use_cache=True).past_key_values
-    assert sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers) == kv_bytes * IDS.numel()
+    assert sum(slot.keys.nbytes + slot.values.nbytes for slot in cache.layers) == kv_bytes
 
 
 @torch.no_grad()
@@ -256,12 +258,12 @@ def test_a_copy_of_a_windowed_child_sees_its_own_padding():
 @torch.no_grad()
 def test_multi_head_families_get_a_cache_that_is_really_smaller(name):
     parent = parent_of(name)
-    kv_bytes = {
-        str(variant): kv_bytes_per_token(build_subblock(parent, 1, ATTENTION, variant), 1, calls(parent, 1)[ATTENTION])
+    held = {
+        str(variant): kv_cache(build_subblock(parent, 1, ATTENTION, variant), 1, calls(parent, 1)[ATTENTION])
         for variant in (Variant("kv", 1), Variant("kv", 2), NO_OP)
     }
-    assert kv_bytes == {"kv1": 2 * 16 * 4, "kv2": 2 * 2 * 16 * 4, "no_op": 0}
-    assert kv_bytes_per_token(parent.module(1, ATTENTION), 1, calls(parent, 1)[ATTENTION]) == 4 * 2 * 16 * 4
+    assert held == {"kv1": KvCache(2 * 16 * 4, 0), "kv2": KvCache(2 * 2 * 16 * 4, 0), "no_op": KvCache(0, 0)}
+    assert kv_cache(parent.module(1, ATTENTION), 1, calls(parent, 1)[ATTENTION]) == KvCache(4 * 2 * 16 * 4, 0)
 
 
 @torch.no_grad()
@@ -369,14 +371,16 @@ def test_costs_count_what_the_cache_keeps(name):
     space = {s: [v for at, v in operators(parent.family) if at == s] for s in SUBBLOCKS}
     backend = costs.Torch(repeats=1, warmup=0, decode_steps=1)
     table, _ = costs.profile(parent, space, [Scenario(1, 14, 2)], backend, tables.read_known("costs"))
-    kv_bytes = table.query("subblock == 'attention' and metric == 'kv_bytes_per_token'").set_index("variant").value
+    table = table[table.subblock == ATTENTION].set_index(["variant", "metric", "layer"]).value
+    layers = [0, 1, 2] if name == "gpt_neo" else [-1]  # whose layers are local, global, local
     heads = {"gpt_neo": 4, "opt": 4}.get(name, 2)
-    whole = 2 * heads * 16 * 4
-    kept = 11 / 16 if name == "mistral" else 1  # of 16 tokens, by a parent whose own window is 12
-    assert kv_bytes["parent"] == whole * kept and kv_bytes["linear"] == kv_bytes["no_op"] == 0
-    local = {"gpt_neo": (2 * 7 / 16 + 1) / 3}.get(name, kept)  # two of three layers of ours with the window of 8
-    assert kv_bytes["kv1"] == pytest.approx(whole / heads * local, abs=1)
-    assert kv_bytes.get("window5", whole / 4) == whole / 4
+    for layer in layers:
+        held = ("kv_bytes_per_token", "kv_window")
+        own = {variant: tuple(table[variant, metric, layer] for metric in held) for variant, *_ in table.index}
+        window = 12 if name == "mistral" else 0
+        assert own["parent"] == (2 * heads * 16 * 4, window) and own["linear"] == own["no_op"] == (0, 0)
+        assert own["kv1"] == (2 * 16 * 4, 8 if name == "gpt_neo" and layer != 1 else window)  # of gpt_neo's local layers ours alone slide
+        assert own.get("window5", (2 * heads * 16 * 4, 5)) == (2 * heads * 16 * 4, 5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo", "qwen3_moe", "gemma3_text"])
