@@ -48,7 +48,7 @@ def random_variants(parent: Parent, layer: int) -> list[tuple[str, str, nn.Modul
 
 @torch.no_grad()
 def plain_score(parent: Parent, layer: int, subblock: str, module: nn.Module, batches: list, log_p: list) -> tuple[float, float]:
-    """KL and LM loss by full forward passes, in nats a token."""
+    """KL and LM loss by full forward passes, in nats a token; of logits in the parent's dtype, which in 16 bits differ from scoring's."""
     kl = loss = 0.0
     with swapped(parent, layer, subblock, module):
         for ids, log_p_BTV in zip(batches, log_p, strict=True):
@@ -69,7 +69,7 @@ def floor_of(parent: Parent, layer: int, subblock: str, module: nn.Module, num_t
 
     FLOPs: the products of the replaced layer, of the layers above it and of the head, and causal attention's two.
     Bytes: those weights once a batch; in and out of each layer one hidden state a token; of the head the parent's logits
-    read, and the child's written and read.
+    read, and the child's written and read, in float32.
     """
     config, itemsize = parent.model.config, parent.model.dtype.itemsize
     per_token = 2 * config.hidden_size * config.vocab_size
@@ -81,8 +81,9 @@ def floor_of(parent: Parent, layer: int, subblock: str, module: nn.Module, num_t
         if hasattr(modules["attention"], parent.family.attention.q):
             per_token += 2 * seq_len * config.num_attention_heads * config.head_dim  # half of 4 · T · H · E: causal
     num_layers = len(parent.layers) - layer
-    moved = itemsize * (num_batches * weights + num_tokens * (2 * num_layers * config.hidden_size + 3 * config.vocab_size))
-    return {"flops": per_token * num_tokens, "bytes": moved}
+    moved = itemsize * (num_batches * weights + num_tokens * 2 * num_layers * config.hidden_size)
+    logits = torch.float32.itemsize * num_tokens * 3 * config.vocab_size
+    return {"flops": per_token * num_tokens, "bytes": moved + logits}
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device, rate: float, bandwidth: float) -> tuple[dict, list[dict]]:

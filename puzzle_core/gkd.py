@@ -30,7 +30,7 @@ from puzzle_core.ranks import ALONE, Ranks
 from puzzle_core.schedule import lr_factor
 from puzzle_core.spec import did_you_mean
 
-VERSION = 3  # raise when a change here or in losses.py changes what the distilled child is
+VERSION = 4  # raise when a change here or in losses.py changes what the distilled child is
 RECORD = "distillation.json"  # in a distilled child's folder: what made it
 
 

@@ -1,7 +1,7 @@
 """How far a child is from its parent on a batch of tokens: what GKD makes small, and what its held-out text measures.
 
 The LM heads run on a few tokens at a time, and the gradient of what they say is made on the way forward, so neither model's
-logits ever stand in memory whole and no head runs twice.
+logits ever stand in memory whole and no head runs twice. Logits are float32, also those of a 16-bit model and under autocast.
 Shape letters: B sequences, T tokens of one, N tokens, D hidden, V vocabulary.
 """
 import contextlib
@@ -30,27 +30,31 @@ class Weights:
     temperature: float
 
 
+def _log_softmax(logits_NV: Tensor) -> Tensor:
+    return logits_NV - logits_NV.logsumexp(-1, keepdim=True)  # a CPU's own is 1e-5 off
+
+
 def _compare(
     parent_NV: Tensor, child_NV: Tensor, targets_N: Tensor, counted_N: Tensor, kl: float, lm: float, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over tokens of T² · KL(parent ‖ child) at temperature T and of the cross-entropy: [2], in nats; and the gradient.
 
-    The gradient [N, V] is that of kl · KL + lm · cross-entropy with respect to the child's logits, in their dtype; none where
-    both count nothing.
+    Logits are float32. The gradient [N, V] is that of kl · KL + lm · cross-entropy with respect to the child's; none where both
+    count nothing.
     """
-    child = child_NV.float()
-    log_p, log_c = (x.div(temperature).log_softmax(-1) for x in (parent_NV.float(), child))
-    log_lm = log_c if temperature == 1 else child.log_softmax(-1)
+    log_p, log_c = (_log_softmax(x / temperature) for x in (parent_NV, child_NV))
+    log_lm = log_c if temperature == 1 else _log_softmax(child_NV)
     p = log_p.exp()
-    kl_sum = (p * (log_p - log_c)).sum() * temperature**2
+    change = log_c.exp() - p  # its sum would be 0: it takes away what rounding adds to that of p · (log p - log c)
+    kl_sum = (p * (log_p - log_c) + change).sum() * temperature**2
     lm_sum = -(log_lm.gather(1, targets_N[:, None])[:, 0] * counted_N).sum()
     if not (kl or lm):
         return torch.stack([kl_sum, lm_sum]), None
-    gradient = (log_c.exp() - p) * (kl * temperature)
+    gradient = change * (kl * temperature)
     if lm:
-        is_target = torch.arange(child.shape[1], device=child.device) == targets_N[:, None]
+        is_target = torch.arange(child_NV.shape[1], device=child_NV.device) == targets_N[:, None]
         gradient = gradient + (log_lm.exp() - is_target.float()) * (lm * counted_N)[:, None]
-    return torch.stack([kl_sum, lm_sum]), gradient.to(child_NV.dtype)
+    return torch.stack([kl_sum, lm_sum]), gradient
 
 
 def _cosine_distance(child: Tensor, parent: Tensor) -> Tensor:

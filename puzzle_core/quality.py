@@ -1,7 +1,8 @@
 """What a model has lost against the parent, on text and on questions.
 
 The head runs on a few tokens at a time, so logits of all tokens never exist; the parent's are held as far as memory is
-given, else made again from its last hidden states, once for all variants that are measured together.
+given, else made again from its last hidden states, once for all variants that are measured together. Logits are float32,
+also those of a 16-bit model.
 Shape letters: K variants, B sequences, T tokens of one, N tokens, D hidden, V vocabulary, M metrics.
 """
 import math
@@ -33,12 +34,13 @@ def _token_sums(
     counted_N: Tensor,
 ) -> Tensor:
     """Sums over tokens, in nats, of the `kinds` that logits tell: [M] float64. `lse_N`, `loss_N`, `top_N` are the parent's."""
-    child_NV = child_NV.float()
     log_c_NV = child_NV - child_NV.logsumexp(-1, keepdim=True)  # a CPU's log_softmax is 1e-5 off, the parent's sum is not
     costs = {}
     if "kl" in kinds:
-        log_p_NV = parent_NV.float() - lse_N[:, None]
-        costs["kl"] = (log_p_NV.exp() * (log_p_NV - log_c_NV)).sum(-1)
+        log_p_NV = parent_NV - lse_N[:, None]
+        p_NV = log_p_NV.exp()
+        # What the rounding of either logsumexp adds to the first part, 1e-6, the second, whose sum would be 0, takes away.
+        costs["kl"] = (p_NV * (log_p_NV - log_c_NV) + (log_c_NV.exp() - p_NV)).sum(-1)
     if "lm_loss" in kinds:
         costs["lm_loss"] = (-log_c_NV.gather(1, targets_N[:, None])[:, 0] - loss_N) * counted_N
     if "top1_disagreement" in kinds:
@@ -59,8 +61,8 @@ class _Chunk:
 
     @classmethod
     def of(cls, logits_NV: Tensor, targets_N: Tensor, counted_N: Tensor, hold: bool) -> "_Chunk":
-        lse_N = logits_NV.float().logsumexp(-1)
-        loss_N = lse_N - logits_NV.gather(1, targets_N[:, None])[:, 0].float()
+        lse_N = logits_NV.logsumexp(-1)
+        loss_N = lse_N - logits_NV.gather(1, targets_N[:, None])[:, 0]
         return cls(targets_N, counted_N, lse_N, loss_N, logits_NV.argmax(-1), logits_NV if hold else None)
 
     def sums(self, kinds: tuple[str, ...], child_NV: Tensor, parent_NV: Tensor | None, measure: Callable = _token_sums) -> Tensor:
@@ -133,7 +135,7 @@ class Text:
         """Run the parent; hold its logits for as many batches as fit into `room` bytes. Returns the room left."""
         for ids in tqdm(self.batches, desc="the parent's predictions", unit="batch", leave=False):
             hidden_ND = last_hidden(self.parent, ids).flatten(0, 1)
-            size = ids.numel() * self.parent.model.get_output_embeddings().weight.shape[0] * self.parent.model.dtype.itemsize
+            size = ids.numel() * self.parent.model.get_output_embeddings().weight.shape[0] * torch.float32.itemsize
             hold = "kl" in self.kinds and size <= room
             room -= size if hold else 0
             parts = zip(*(x.split(self.head_tokens) for x in (hidden_ND, *_following(ids))), strict=True)
@@ -220,8 +222,9 @@ class Questions:
         for at in range(0, len(where_N), self.head_tokens):
             part = slice(at, at + self.head_tokens)
             for row, hidden_ND in zip(total, asked_KND, strict=True):
-                log_c_NV = head(self.parent, hidden_ND[part]).float().log_softmax(-1)
-                row.index_add_(0, whose_N[part], log_c_NV.gather(1, targets_N[part, None])[:, 0].double())
+                logits_NV = head(self.parent, hidden_ND[part])
+                log_c_N = logits_NV.gather(1, targets_N[part, None])[:, 0] - logits_NV.logsumexp(-1)
+                row.index_add_(0, whose_N[part], log_c_N.double())
         return total
 
     def _accuracy(self, likelihoods: list[float]) -> float:

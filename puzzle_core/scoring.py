@@ -27,7 +27,7 @@ from puzzle_core.spec import did_you_mean, is_parent, parse_variant
 from puzzle_core.subblocks import build_subblock, load_weights, swapped
 from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 
-VERSION = 2  # raise when a change here, or in a module below, changes what a score is
+VERSION = 3  # raise when a change here, or in a module below, changes what a score is
 # metric: (which text it is measured on, what is measured for each of its tokens)
 TEXT_METRICS = {
     "kl": ("validation", "kl"),

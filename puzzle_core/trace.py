@@ -3,6 +3,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from puzzle_core.families import Family
 from puzzle_core.parents import Parent
 from puzzle_core.spec import BLOCK, SUBBLOCKS
+
+IN_CACHE = 2**21  # of a 16-bit head's weights, the float32 copies that a CPU makes at a time: they stay in its cache
 
 
 def first(output: Tensor | tuple) -> Tensor:
@@ -123,7 +126,7 @@ def last_hidden(parent: Parent, input_ids_BT: Tensor, hidden_BTD: Tensor | None 
 
 @torch.no_grad()
 def head(parent: Parent, hidden_ND: Tensor) -> Tensor:
-    """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included."""
+    """The logits [N, V] that the model's own forward makes of last hidden states, its scales and caps included, in float32."""
     return head_of(parent.model, parent.family, hidden_ND)
 
 
@@ -133,8 +136,65 @@ def head_of(model: PreTrainedModel, family: Family, hidden_ND: Tensor) -> Tensor
     body = MoeModelOutputWithPast(last_hidden_state=hidden_ND[None])
     body.cross_attentions = None
     # Some causal LMs (opt) ask not their base model but the module inside it that holds the layers.
-    with _answering({model.base_model, model.get_submodule(family.layers.rpartition(".")[0])}, body):
+    with float32_logits(model), _answering({model.base_model, model.get_submodule(family.layers.rpartition(".")[0])}, body):
         return type(model).forward(model, inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
+
+
+@contextlib.contextmanager
+def float32_logits(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model's forward gives logits in float32, whatever its dtype: those of its 16-bit hidden states and weights.
+
+    Logits in bfloat16 have 8 bits. A KL of them is 5e-4 nats too large, and ties decide which token is the likeliest.
+    Under autocast the operands are of autocast's dtype, the products and sums float32.
+    """
+    linear = model.get_output_embeddings()
+    assert isinstance(linear, nn.Linear) and "forward" not in vars(linear), linear
+    linear.forward = partial(_float32_linear, linear)
+    try:
+        yield
+    finally:
+        del linear.forward
+
+
+def _float32_linear(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
+    with torch.autocast(device, enabled=False):
+        if dtype.itemsize > 2:
+            return nn.functional.linear(hidden, linear.weight, linear.bias)
+        logits_NV = _Float32Product.apply(hidden.flatten(0, -2), linear.weight, dtype)
+        logits_NV = logits_NV if linear.bias is None else logits_NV + linear.bias.float()
+        return logits_NV.unflatten(0, hidden.shape[:-1])
+
+
+class _Float32Product(torch.autograd.Function):
+    """hidden · weightᵀ in float32, [N, V], of both rounded to a 16-bit dtype; so are their gradients.
+
+    A GPU's tensor cores multiply 16-bit operands and add up in float32 anyway: all that costs is writing 4 bytes a logit.
+    They need a gradient of 16 bits too: each entry is rounded, to 8 bits of its own size.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        if hidden_ND.is_cuda:
+            return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
+        logits_NV, hidden_ND = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32), hidden_ND.float()
+        rows = max(1, IN_CACHE // weight_VD.shape[1])  # else a copy of the whole weight, which takes a quarter longer
+        for some_VD, into_NV in zip(weight_VD.split(rows), logits_NV.split(rows, dim=1), strict=True):
+            torch.mm(hidden_ND, some_VD.float().T, out=into_NV)
+        return logits_NV
+
+    @staticmethod
+    def backward(ctx, gradient_NV: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        if gradient_NV.is_cuda and hidden_ND.dtype == torch.bfloat16:  # float16 would lose the small ones
+            gradient_NV = gradient_NV.bfloat16()
+            multiply = partial(torch.mm, out_dtype=torch.float32)
+        else:
+            hidden_ND, weight_VD, multiply = hidden_ND.float(), weight_VD.float(), torch.mm
+        return multiply(gradient_NV, weight_VD), multiply(gradient_NV.T, hidden_ND), None
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """A score is what the whole model loses with one subblock replaced, however it is computed and by however many processes."""
+import copy
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -10,16 +12,18 @@ from safetensors.torch import save_file
 from test_ranks import in_two_processes
 from torch import nn
 
-from benchmarks import demo
+from benchmarks import demo, kl_floor
 from benchmarks import scoring as benchmark
-from puzzle_core import evaluation, ranks, scoring, tables
+from puzzle_core import evaluation, ranks, realised, scoring, tables
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.losses import Comparison, Weights
 from puzzle_core.parents import Parent
+from puzzle_core.quality import Questions, Text, sequence_sums
 from puzzle_core.questions import Question, read_questions, tokenize
 from puzzle_core.scoring import Settings, score_library
 from puzzle_core.spec import Variant
-from puzzle_core.trace import head, last_hidden, layer_inputs, run_layers, start_at
+from puzzle_core.trace import head, head_of, last_hidden, layer_inputs, run_layers, start_at
 
 EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
 NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
@@ -131,13 +135,17 @@ def test_how_much_is_computed_at_once_does_not_change_a_score(pico, library, cor
     np.testing.assert_allclose(other.value, scored.value, rtol=1e-4, atol=1e-7)
 
 
-def test_logits_of_the_parent_are_held_as_far_as_memory_goes(pico, corpus):
-    held = []
-    for memory_gib in (None, 1e-3, 5e-4):
-        tests = scoring.make_tests(pico, corpus, settings(num_tokens=1024), {"kl"})
-        scoring.Scorer(pico, tests, memory_gib)
-        held.append([chunks[0].logits_NV is not None for chunks in tests[0].chunks])
-    assert [sum(batches) for batches in held] == [4, 1, 0]
+def test_logits_of_the_parent_are_held_as_far_as_memory_goes_in_float32(pico, in_bfloat16, corpus):
+    for parent, budgets in ((pico, (None, 1e-3, 5e-4)), (in_bfloat16[0], (None, 3e-3, 1e-3))):
+        held = []
+        for memory_gib in budgets:
+            tests = scoring.make_tests(parent, corpus, settings(num_tokens=1024), {"kl"})
+            scoring.Scorer(parent, tests, memory_gib)
+            logits = [chunk.logits_NV for chunks in tests[0].chunks for chunk in chunks if chunk.logits_NV is not None]
+            room = math.inf if memory_gib is None else memory_gib * 2**30 - tests[0].hidden_bytes
+            assert sum(part.nbytes for part in logits) <= room
+            held.append(sum(len(part) for part in logits) // 256)
+        assert held == [4, 1, 0]
     with pytest.raises(ValueError, match=r"score.memory_gib is 1e-05, but hidden states of all scoring tokens take .* GiB: lower"):
         scoring.Scorer(pico, scoring.make_tests(pico, corpus, settings(), {"kl"}), 1e-5)
 
@@ -161,13 +169,132 @@ def test_running_the_parent_in_parts_equals_the_whole_forward(family):
     assert torch.equal(parent.model(ids).logits, whole)  # and nothing is left behind
 
 
-def test_a_cap_on_the_logits_is_part_of_the_head(pico):
-    hidden, plain = torch.randn(5, 64), pico.model.lm_head.forward
-    pico.model.lm_head.forward = lambda x: 30 * torch.tanh(plain(x) / 30)
-    try:
-        torch.testing.assert_close(head(pico, hidden), 30 * torch.tanh(plain(hidden) / 30))
-    finally:
-        del pico.model.lm_head.forward
+def test_scales_and_caps_of_the_logits_are_part_of_the_head(pico):
+    parent = pico_parent("gemma2", final_logit_softcapping=0.5)
+    hidden = torch.randn(5, 64)
+    torch.testing.assert_close(head(parent, hidden), 0.5 * torch.tanh(parent.model.lm_head(hidden) / 0.5))
+    torch.testing.assert_close(head(pico, hidden), pico.model.lm_head(hidden))
+
+
+def bfloat16(parent: Parent) -> Parent:
+    """The parent in bfloat16, with logits of the size that those of real models have: the likeliest are between 10 and 20."""
+    for parameter in parent.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    parent.model.lm_head.weight.data *= 4
+    return parent
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory):
+    """A parent in bfloat16, a child of it that is close, and a `weights_of` for its only variant."""
+    parent, directory = bfloat16(pico_parent(tie_word_embeddings=False, vocab_size=2048)), tmp_path_factory.mktemp("bfloat16")
+    weights_of = variants(parent, directory)
+    return parent, make_child(parent, CLOSE, weights_of), weights_of
+
+
+CLOSE = architecture("parent parent", "parent parent", "parent parent", "parent w152")
+TEXT = torch.randint(1, 257, (6, 64), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def float64(model) -> torch.Tensor:
+    """Logits [B, T, V] in float64 of the model's own last hidden states and head."""
+    hidden = model.base_model(input_ids=TEXT, use_cache=False).last_hidden_state
+    return hidden.double() @ model.lm_head.weight.double().T
+
+
+def kl_loss_other(p, c) -> tuple[torch.Tensor, ...]:
+    """Means over tokens of the KL and of either's LM loss; how many of the likeliest next tokens differ."""
+    log_p, log_c = p.log_softmax(-1), c.log_softmax(-1)
+    losses = [nn.functional.nll_loss(x[:, :-1].flatten(0, 1), TEXT[:, 1:].flatten()) for x in (log_p, log_c)]
+    kl = nn.functional.kl_div(log_c, log_p, log_target=True, reduction="sum") / TEXT.numel()
+    return kl, *losses, (p.argmax(-1) != c.argmax(-1)).sum()
+
+
+def test_the_kl_of_bfloat16_models_is_that_of_their_hidden_states_and_heads_in_float64(in_bfloat16):
+    parent, child, weights_of = in_bfloat16
+    kl, of_parent, of_child, other = (value.item() for value in kl_loss_other(float64(parent.model), float64(child)))
+    in_their_dtype = kl_loss_other(*(model(TEXT).logits.double() for model in (parent.model, child)))
+    assert 1e-3 < kl < 0.05 and in_their_dtype[0] - kl > 2e-4  # there is something to lose
+
+    close = lambda value: pytest.approx(value, abs=1e-6)  # noqa: E731
+    sums = sequence_sums(parent.model, child, TEXT).sum(0)
+    assert (sums[[0, 2, 3]] / torch.tensor([384, 378, 378])).tolist() == close([kl, of_parent, of_child]) and sums[1] == other
+    metrics = {"kl": "kl", "lm_loss": "lm_loss", "top1_disagreement": "top1_disagreement"}
+    for room in (0, math.inf):
+        text = Text(parent, [TEXT], metrics, head_tokens=100)
+        text.prepare(room)
+        hidden = child.base_model(input_ids=TEXT, use_cache=False).last_hidden_state
+        values = text.values(text.measure(0, hidden[None])[0].tolist())
+        assert values == {"kl": close(kl), "lm_loss": close(of_child - of_parent), "top1_disagreement": other / 384}
+    how = realised.Settings(num_tokens=384, seq_len=64, batch_size=6, head_tokens=100)
+    assert realised.joint_kl(parent, [CLOSE], weights_of, [TEXT], how) == [close(kl)]
+
+
+@torch.no_grad()
+def test_log_likelihoods_of_choices_are_those_of_float64(in_bfloat16):
+    parent, limit = in_bfloat16[0], 256
+    asked = Questions(parent, read_questions(QUESTIONS["sample"]["path"], 12), "acc", False, limit, head_tokens=100)
+    for index, ids in enumerate(asked.batches):
+        hidden, (where, targets, whose) = last_hidden(parent, ids), asked.asked[index]
+        log_p = (hidden.flatten(0, 1)[where].double() @ parent.model.lm_head.weight.double().T).log_softmax(-1)
+        expected = torch.zeros(len(asked.choices), dtype=torch.float64).index_add(0, whose, log_p.gather(1, targets[:, None])[:, 0])
+        torch.testing.assert_close(asked.measure(index, hidden[None])[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 2**-8)])
+def test_gkd_beside_a_bfloat16_parent_has_the_losses_and_gradients_of_float64(in_bfloat16, dtype, error):
+    parent, child = in_bfloat16[0], copy.deepcopy(in_bfloat16[1]).to(getattr(torch, dtype))
+    child.requires_grad_(False).lm_head.requires_grad_(True)
+    p, weight = float64(parent.model), child.lm_head.weight.detach().double().requires_grad_(True)
+    c = child.base_model(input_ids=TEXT, use_cache=False).last_hidden_state.double() @ weight.T
+    kl, _, loss, _ = kl_loss_other(p, c)
+    (expected,) = torch.autograd.grad(kl + 0.5 * loss, weight)
+    comparison = Comparison(parent.model, child, Weights(1.0, 0.0, 0.5, 1.0), head_tokens=100)
+    with comparison.installed():
+        losses = child(input_ids=TEXT)
+        losses["loss"].backward()
+        with torch.no_grad():
+            held_out = child(input_ids=TEXT, held_out=True)
+    for found in (losses, held_out):
+        assert (found["kl"].item(), found["lm"].item()) == pytest.approx((kl.item(), loss.item()), abs=1e-6)
+    assert losses["loss"].item() == pytest.approx((kl + 0.5 * loss).item(), abs=1e-6)
+    assert (child.lm_head.weight.grad - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_head_multiplies_16_bits_and_adds_up_in_float32(pico, dtype):
+    hidden = torch.randn(7, 64, requires_grad=True)
+    rounded = [x.detach().to(dtype).double().requires_grad_(True) for x in (hidden, pico.model.lm_head.weight)]
+    expected, scale = rounded[0] @ rounded[1].T, torch.randn(7, 320)
+    with torch.autocast("cpu", dtype):
+        logits = head_of(pico.model, pico.family, hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    (of_hidden,) = torch.autograd.grad(logits, hidden, scale)
+    torch.testing.assert_close(of_hidden.double(), torch.autograd.grad(expected, rounded[0], scale.double())[0], rtol=1e-5, atol=1e-5)
+    assert pico.model.lm_head(hidden).dtype == torch.float32 and "forward" not in vars(pico.model.lm_head)
+
+
+@torch.no_grad()
+def test_the_kl_of_a_model_to_itself_is_0_and_of_one_that_is_next_to_it_not_less(pico, in_bfloat16):
+    for parent in (pico, in_bfloat16[0]):
+        text = Text(parent, [TEXT], {"kl": "kl", "lm_loss": "lm_loss"}, head_tokens=100)
+        text.prepare(0)
+        hidden = last_hidden(parent, TEXT)
+        assert text.measure(0, hidden[None]).tolist() == [[0, 0]]
+        assert (sequence_sums(parent.model, parent.model, TEXT)[:, :2] == 0).all()
+        child = copy.deepcopy(parent.model)
+        with Comparison(parent.model, child, Weights(1.0, 0.0, 0.0, 2.0), head_tokens=100).installed():
+            assert child(input_ids=TEXT)["kl"] == child(input_ids=TEXT, held_out=True)["kl"] == 0
+    apart = []
+    for seed in range(50):  # of one token: no other makes up for it
+        text = Text(pico, [TEXT[:1, :1]], {"kl": "kl"}, head_tokens=1)
+        text.prepare(math.inf)
+        hidden = last_hidden(pico, TEXT[:1, :1])
+        near = hidden + 1e-6 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
+        apart.append(text.measure(0, near[None]).item())
+    assert min(apart) > -1e-7
 
 
 def test_another_metric_is_measured_alone_and_the_others_are_kept(pico, library, corpus, scored):
@@ -269,6 +396,13 @@ def test_of_a_long_prompt_the_end_is_kept(pico):
     assert len(choice.input_ids) == 10 and choice.start == 7 and pico.tokenizer.decode(choice.input_ids) == "aaaaaaa bb"
     (choice, _) = tokenize([Question("a\n", ("bb", "cc"), 0)], pico.tokenizer, 10)
     assert pico.tokenizer.decode(choice.input_ids) == "a\nbb" and choice.start == 1
+
+
+def test_the_benchmark_of_the_floor_holds_both_ways_against_float64(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (row,) = kl_floor.main(["--parents", "pico", "--device", "cpu", "--head-tokens", "50"])
+    assert 5e-3 < row["kl"] < 0.02 and abs(row["error_float32"]) < 1e-7 and row["error_16_bit"] > 1e-4
+    assert row["top1_error_float32"] == 0 and row["times_as_long"] > 0 and (tmp_path / "docs/results/kl_floor.json").exists()
 
 
 def test_the_benchmark_scores_as_full_forward_passes_do(tmp_path, monkeypatch, capsys):
