@@ -5,17 +5,18 @@ lm-eval is imported where it is needed: it takes seconds, and whoever asks for n
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_core.errors import UserError
 from puzzle_core.questions import Cloze, Question, WinogradSchema, drawn, read_items
 from puzzle_core.spec import did_you_mean
+from puzzle_core.trace import float32_logits
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Task:
     name: str
     path: str | None = None  # a file of questions; None: lm-eval's task of that name, from the hub
     num_questions: int | None = None  # drawn the same way every time; None: all
-    metric: str = "acc"  # or acc_norm: log-likelihood per character; or another that an lm-eval task of its own has
+    metric: str = "acc"  # or acc_norm: log-likelihood per character; or another share of right answers that an lm-eval task has
     delimiter: str | None = None  # between prompt and answer; None: a space, or what white space the prompt ends with
     num_fewshot: int | None = None
+    chance: float | None = None  # that guessing gets; None: of multiple choice what the choices say, else 0
 
     @classmethod
     def of(cls, name: str, settings: dict | None) -> "Task":
@@ -42,7 +44,7 @@ class Task:
 class Answers:
     """What one model answered to one task."""
 
-    right_N: np.ndarray  # of each question 1.0 where it was right, else 0.0 (or a metric's own value)
+    right_N: np.ndarray  # of each question 1.0 where it was right, else 0.0, or how right it was
     chance: float  # the share that guessing gets
 
     @property
@@ -51,7 +53,7 @@ class Answers:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the accuracy, as lm-eval has it."""
+        """Standard error of the accuracy, as lm-eval has it; of a group, that of all its questions together."""
         return standard_error(self.right_N)
 
 
@@ -80,7 +82,7 @@ class Exam:
         """`batch_size`: answers in one forward pass. ValueError or OSError for what cannot be read or reached."""
         _require_lm_eval()
         self.tasks, self.batch_size = tasks, batch_size
-        hub = [task.name for task in tasks if task.path is None]
+        hub = [task for task in tasks if task.path is None]
         loaded = _from_hub(hub) if hub else {}
         self.parts = {task.name: loaded[task.name] if task.path is None else {task.name: _local(task)} for task in tasks}
         names = [name for parts in self.parts.values() for name in parts]
@@ -88,6 +90,7 @@ class Exam:
             raise UserError(f"evaluation.tasks: {', '.join(twice)} would be asked twice; a group of lm-eval has its parts already")
         for task in tasks:
             for part in self.parts[task.name].values():
+                _require_share(task, part)
                 shots = part.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
                 part.set_config("num_fewshot", shots or 0)
                 part.set_fewshot_seed(1234)
@@ -98,7 +101,7 @@ class Exam:
         from lm_eval.models.huggingface import HFLM
 
         own = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
-        lm = HFLM(model, tokenizer=own, backend="causal", batch_size=self.batch_size, softmax_dtype=torch.float32)
+        lm = HFLM(model, tokenizer=own, backend="causal", batch_size=self.batch_size)
         parts = {name: part for parts in self.parts.values() for name, part in parts.items()}
         asked = {
             name: drawn(len(part.eval_docs), task.num_questions, name)
@@ -106,18 +109,58 @@ class Exam:
             for name, part in self.parts[task.name].items()
             if task.path is None and task.num_questions is not None
         }
-        results = evaluate(lm, {"tasks": parts}, samples=asked or None, bootstrap_iters=0)
+        with float32_logits(model):
+            results = evaluate(lm, {"tasks": parts}, samples=asked or None, bootstrap_iters=0)
         return {task.name: self._answers(task, results["samples"]) for task in self.tasks}
 
     def _answers(self, task: Task, samples: dict[str, list[dict]]) -> Answers:
         right, chance = [], []
         for name, part in self.parts[task.name].items():
             for sample in _once(samples[name]):
-                if task.metric not in sample["metrics"]:
-                    raise UserError(f"evaluation.tasks.{task.name}: no metric '{task.metric}', only {', '.join(sample['metrics'])}")
-                right.append(float(sample[task.metric]))
-                chance.append(1 / len(sample["arguments"]) if part.OUTPUT_TYPE == "multiple_choice" else 0.0)
+                value = sample.get(task.metric)
+                if not isinstance(value, Real | np.bool_) or not 0 <= value <= 1:
+                    raise UserError(
+                        f"evaluation.tasks.{task.name}: {task.metric} of a question of {name} is {value!r}, no share of a right answer "
+                        f"(0 to 1). Use another metric: {', '.join(_shares(part))}"
+                    )
+                right.append(float(value))
+                chance.append(_chance(task, part, sample["doc"]) if task.chance is None else task.chance)
         return Answers(np.array(right), sum(chance) / len(chance))
+
+
+_PICKS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # lm-eval's metrics that take the best of the choices for the answer
+
+
+def _chance(task: Task, part, doc: dict) -> float:
+    """The share of a question that guessing gets: of picking a choice, those that count as right; nothing else can be guessed."""
+    if part.OUTPUT_TYPE != "multiple_choice" or task.metric not in _PICKS:
+        return 0.0
+    choices, gold = part.doc_to_choice(doc), part.doc_to_text(doc) if part.multiple_input else part.doc_to_target(doc)
+    golds = gold if isinstance(gold, list) else [gold]
+    return len({choices.index(g) if g in choices else g for g in golds if g in choices or g in range(len(choices))}) / len(choices)
+
+
+def _shares(part) -> list[str]:
+    """The metrics of a task of lm-eval that are the mean of what each question got, the more the better."""
+    from lm_eval.api.metrics import mean
+
+    better = part.higher_is_better()
+    return [metric for metric, aggregate in part.aggregation().items() if aggregate is mean and better.get(metric)]
+
+
+def _require_share(task: Task, part) -> None:
+    """ValueError where the task's metric is no accuracy, or where what guessing gets is not known."""
+    where, name = f"evaluation.tasks.{task.name}", part.task_name
+    usable = ", ".join(_shares(part)) or "none of this task's: leave it out"
+    if task.metric not in part.aggregation():
+        raise UserError(f"{where}: {name} has no metric '{task.metric}'. Those that can be used: {usable}")
+    if task.metric not in _shares(part):
+        raise UserError(
+            f"{where}: {task.metric} of {name} is no accuracy: lm-eval does not take the mean of what each question got, or less of it "
+            f"is better. Metrics that can be used: {usable}"
+        )
+    if task.chance is None and part.OUTPUT_TYPE == "multiple_choice" and part.get_config("process_results"):
+        raise UserError(f"{where}: {name} makes {task.metric} of the choices in a way of its own. Say what guessing gets: `chance: 0.25`")
 
 
 def _once(samples: list[dict]) -> Iterator[dict]:
@@ -135,16 +178,30 @@ def _require_lm_eval() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every argument that it does not need here
 
 
-def _from_hub(names: list[str]) -> dict[str, dict]:
-    """lm-eval's own tasks: for each name its parts, of which a group has several."""
+def _from_hub(tasks: list[Task]) -> dict[str, dict]:
+    """lm-eval's own tasks: for each name its parts, of which a group has several. ValueError for a group that is no one task."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.all_tasks:
-            hint = did_you_mean(name, manager.all_tasks)
-            raise UserError(f"evaluation.tasks: no `path`, and lm-eval has no task '{name}'.{hint}")
-    return {name: manager.load([name])["tasks"] for name in names}
+    manager, found = TaskManager(), {}
+    for task in tasks:
+        if task.name not in manager.all_tasks:
+            hint = did_you_mean(task.name, manager.all_tasks)
+            raise UserError(f"evaluation.tasks: no `path`, and lm-eval has no task '{task.name}'.{hint}")
+        loaded = manager.load([task.name])
+        found[task.name] = loaded["tasks"]
+        if task.name in loaded["groups"]:
+            _require_weights(task, loaded["groups"][task.name], found[task.name].values())
+    return found
+
+
+def _require_weights(task: Task, group, parts: Iterable) -> None:
+    """ValueError where each question would count once, and lm-eval lets each part count once."""
+    by_part = any(of.metric == task.metric and not of.weight_by_size for of in group.aggregate_metric_list or [])
+    if by_part and task.num_questions is None and len({len(part.eval_docs) for part in parts}) > 1:
+        raise UserError(
+            f"evaluation.tasks.{task.name}: lm-eval takes the mean of this group's parts, whatever their sizes; here each question counts. "
+            "Ask as many of each part (`num_questions`), or name the parts one by one"
+        )
 
 
 def _local(task: Task):

@@ -1,11 +1,13 @@
 """Accuracy on tasks is what the model's own log-likelihoods say, with errors that resampling confirms; the report says it all."""
+import copy
 import json
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXCERPT, ROOT, architecture, variants
+from conftest import EXCERPT, ROOT, architecture, pico_parent, variants
+from datasets import Dataset
 
 from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
@@ -66,19 +68,52 @@ def test_a_cloze_is_right_where_the_model_would_say_it_and_a_schema_where_its_te
     assert got["schema"].right_N.tolist() == [float(second > first) for first, second in likelier] and got["schema"].chance == 0.5
 
 
-def test_tasks_of_lm_eval_are_asked_by_name_a_group_as_one(pico, tmp_path, monkeypatch):
+def on_the_hub(monkeypatch, parts: dict, groups: dict | None = None) -> None:
+    """lm-eval has these tasks by name, and groups of them."""
     import lm_eval.tasks
 
-    file = written(tmp_path / "q.jsonl", SAMPLE)
-    parts = {name: tasks._local(Task(name, file)) for name in ("one", "two")}
-
     class Manager:
-        all_tasks = ["both", "one", "two"]
+        all_tasks = [*(groups or {}), *parts]
 
         def load(self, names):
-            return {"tasks": parts if names == ["both"] else {names[0]: parts[names[0]]}}
+            (name,) = names
+            some = groups[name].members if groups and name in groups else [name]
+            return {"tasks": {part: parts[part] for part in some}, "groups": {name: groups[name]} if groups and name in groups else {}}
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+
+
+def group(*members: str, weight_by_size: bool = True):
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    made = Group("both", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=weight_by_size)])
+    made.members = members
+    return made
+
+
+def task_of(rows: list[dict], name: str = "theirs", **config):
+    """A task as lm-eval has them, of these rows."""
+    from lm_eval.api.task import ConfigurableTask
+
+    data = {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test"}
+    return ConfigurableTask(config={"task": name, **data, **config})
+
+
+def metrics(*names: str) -> list[dict]:
+    return [{"metric": name} for name in names]
+
+
+CHOICES = {"output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "answer"}
+SAID = {"output_type": "loglikelihood", "doc_to_text": "question", "doc_to_target": "{{choices[0]}}"}
+GENERATED = {"output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "{{choices[0]}}",
+             "generation_kwargs": {"max_gen_toks": 4, "until": ["~"]}}  # fmt: skip
+
+
+def test_tasks_of_lm_eval_are_asked_by_name_a_group_as_one(pico, tmp_path, monkeypatch):
+    file = written(tmp_path / "q.jsonl", SAMPLE)
+    parts = {name: tasks._local(Task(name, file)) for name in ("one", "two")}
+    on_the_hub(monkeypatch, parts, {"both": group("one", "two")})
     got = Exam([Task("both", num_questions=6, num_fewshot=1)], batch_size=8).ask(pico.model, pico.tokenizer)["both"]
     assert len(got.right_N) == 12 and (got.right_N[:6] == got.right_N[6:]).all()
     assert all(i.args[0].count("\n\n") == 1 for i in parts["one"].instances)
@@ -86,8 +121,126 @@ def test_tasks_of_lm_eval_are_asked_by_name_a_group_as_one(pico, tmp_path, monke
         Exam([Task("both"), Task("one")], batch_size=8)
     with pytest.raises(ValueError, match=r"lm-eval has no task 'bothh'. Did you mean 'both'\?"):
         Exam([Task("bothh")], batch_size=8)
-    with pytest.raises(ValueError, match="evaluation.tasks.one: no metric 'f1', only acc, acc_norm"):
-        Exam([Task("one", metric="f1")], batch_size=8).ask(pico.model, pico.tokenizer)
+    with pytest.raises(ValueError, match="evaluation.tasks.one: one has no metric 'f1'. Those that can be used: acc, acc_norm"):
+        Exam([Task("one", metric="f1")], batch_size=8)
+
+
+def test_a_group_whose_parts_lm_eval_weighs_alike_is_asked_for_as_many_of_each(pico, tmp_path, monkeypatch):
+    parts = {name: tasks._local(Task(name, written(tmp_path / f"{name}.jsonl", SAMPLE[:num]))) for name, num in (("one", 4), ("two", 6))}
+    on_the_hub(monkeypatch, parts, {"both": group("one", "two", weight_by_size=False)})
+    with pytest.raises(ValueError, match="evaluation.tasks.both: lm-eval takes the mean of this group's parts, whatever their sizes"):
+        Exam([Task("both")], batch_size=8)
+    Exam([Task("both", num_questions=4)], batch_size=8)
+    on_the_hub(monkeypatch, parts, {"both": group("one", "two")})
+    assert len(Exam([Task("both")], batch_size=8).ask(pico.model, pico.tokenizer)["both"].right_N) == 10
+
+
+def test_guessing_gets_the_share_of_choices_that_count_as_right(pico, monkeypatch):
+    """lm-eval asks for each choice a second time, without the question, where acc_mutual_info is among a task's metrics."""
+    several = [{**row, "answer": [row["answer"], 0 if row["answer"] else 1]} for row in SAMPLE]
+    on_the_hub(
+        monkeypatch,
+        {
+            "mutual": task_of(SAMPLE, "mutual", metric_list=metrics("acc", "acc_norm", "acc_mutual_info", "exact_match"), **CHOICES),
+            "several": task_of(several, "several", metric_list=metrics("acc"), **CHOICES),
+        },
+    )
+    one_of = np.mean([1 / len(row["choices"]) for row in SAMPLE])
+    for metric in ("acc", "acc_norm", "acc_mutual_info", "exact_match"):
+        (got,) = Exam([Task("mutual", metric=metric)], batch_size=16).ask(pico.model, pico.tokenizer).values()
+        assert got.chance == pytest.approx(0 if metric == "exact_match" else one_of)  # which asks for the likeliest text of all
+    (got,) = Exam([Task("several")], batch_size=16).ask(pico.model, pico.tokenizer).values()
+    assert got.chance == pytest.approx(2 * one_of)
+
+
+def test_guessing_among_three_texts_gets_a_third(pico, tmp_path):
+    several = [row for row in SAMPLE if len(row["choices"]) > 2]
+    rows = [{"context_options": row["choices"][:3], "continuation": row["question"], "gold": 1} for row in several]
+    (got,) = Exam([Task("schema", written(tmp_path / "s.jsonl", rows))], batch_size=16).ask(pico.model, pico.tokenizer).values()
+    assert got.chance == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "metric", "words"),
+    [
+        ({**SAID, "metric_list": metrics("acc", "perplexity")}, "perplexity", "perplexity of theirs is no accuracy.*can be used: acc$"),
+        ({**CHOICES, "metric_list": metrics("acc", "f1", "mcc")}, "f1", "f1 of theirs is no accuracy.*can be used: acc$"),
+        ({**CHOICES, "metric_list": metrics("acc", "acc_norm", "mcc")}, "mcc", "mcc of theirs is no accuracy.*can be used: acc, acc_norm$"),
+        ({**CHOICES, "metric_list": metrics("brier_score")}, "brier_score", "can be used: none of this task's: leave it out"),
+        ({"output_type": "loglikelihood_rolling", "doc_to_target": "question", "metric_list": metrics("word_perplexity", "bits_per_byte")},
+         "acc", "theirs has no metric 'acc'. Those that can be used: none"),
+        ({**CHOICES, "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]}, "acc", "is no accuracy"),
+        ({**CHOICES, "metric_list": metrics("acc"), "process_results": lambda doc, results: {"acc": 0.5}}, "acc",
+         "theirs makes acc of the choices in a way of its own. Say what guessing gets: `chance: 0.25`"),
+    ],
+)  # fmt: skip
+def test_what_is_no_accuracy_is_refused_with_the_metrics_that_are_before_anything_is_asked(monkeypatch, config, metric, words):
+    on_the_hub(monkeypatch, {"theirs": task_of(SAMPLE, **{"doc_to_text": "question", **config})})
+    with pytest.raises(ValueError, match=f"evaluation.tasks.theirs: .*{words}"):
+        Exam([Task("theirs", metric=metric)], batch_size=8)
+
+
+def test_a_mean_of_percentages_is_no_accuracy_and_chance_may_be_said(pico, monkeypatch):
+    def results(doc, found):
+        return {"acc": 0.75, "rouge": 40.0}
+
+    listed = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "rouge")]
+    on_the_hub(monkeypatch, {"theirs": task_of(SAMPLE[:2], metric_list=listed, process_results=results, **CHOICES)})
+    (got,) = Exam([Task("theirs", chance=0.25)], batch_size=8).ask(pico.model, pico.tokenizer).values()
+    assert (got.accuracy, got.chance) == (0.75, 0.25)
+    with pytest.raises(ValueError, match=r"evaluation.tasks.theirs: rouge of a question of theirs is 40.0, no share of a right answer"):
+        Exam([Task("theirs", metric="rouge", chance=0.0)], batch_size=8).ask(pico.model, pico.tokenizer)
+
+
+def test_of_several_filters_the_first_one_counts_each_question_once(pico, monkeypatch):
+    filters = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern, "fallback": fallback}, {"function": "take_first"}]}
+        for name, pattern, fallback in (("strict", "(never said)", "said"), ("flexible", "(.*)", "other"))
+    ]
+    shared = {"metric_list": metrics("exact_match"), **GENERATED, "doc_to_target": "said"}
+    on_the_hub(monkeypatch, {f"{n}": task_of(SAMPLE[:5], f"{n}", filter_list=filters[:: 1 - 2 * n], **shared) for n in (0, 1)})
+    got = Exam([Task("0", metric="exact_match"), Task("1", metric="exact_match")], batch_size=8).ask(pico.model, pico.tokenizer)
+    assert [answers.right_N.tolist() for answers in got.values()] == [[1.0] * 5, [0.0] * 5] and got["0"].chance == 0
+
+
+def with_bos(tokenizer):
+    """The same tokenizer, which begins every text with a token of its own."""
+    from tokenizers import processors
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"bos_token": "<s>"})
+    pair = ("<s>", other.bos_token_id)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[pair])
+    return other
+
+
+def test_prompts_begin_with_a_bos_where_the_tokenizer_puts_one(pico, tmp_path):
+    seen = []
+    watch = pico.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.extend(args[0][:, :2].tolist()))
+    exam = Exam([Task("mine", written(tmp_path / "q.jsonl", SAMPLE[:6]))], batch_size=1)
+    for tokenizer, beginnings in ((pico.tokenizer, 0), (with_bos(pico.tokenizer), 1)):
+        seen.clear()
+        exam.ask(pico.model, tokenizer)
+        assert len(seen) >= 12 and {ids.count(with_bos(pico.tokenizer).bos_token_id) for ids in seen} == {beginnings}
+        assert not beginnings or {ids[0] for ids in seen} == {tokenizer.bos_token_id}
+    watch.remove()
+
+
+@torch.no_grad()
+def test_choices_that_are_alike_in_bfloat16_are_told_apart_as_in_float64(tmp_path):
+    parent, rows = pico_parent(), []
+    for parameter in parent.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for row in SAMPLE:
+        ids = parent.tokenizer(row["question"] + "\n", return_tensors="pt").input_ids
+        logits = parent.model(ids).logits[0, -1].double()
+        exact = parent.model.model(ids).last_hidden_state[0, -1].double() @ parent.model.lm_head.weight.double().T
+        letters = [n for n in range(1, 257) if parent.tokenizer.decode(n).isalnum() and parent.tokenizer.decode(n).isascii()]
+        alike = [(b, a) for a in letters for b in letters if logits[a] == logits[b] and exact[a] > exact[b] + 1e-4]
+        rows += [{"query": row["question"] + "\n", "choices": [parent.tokenizer.decode(n) for n in pair], "gold": 1} for pair in alike[:3]]
+    assert len(rows) > 20
+    exam = Exam([Task("alike", written(tmp_path / "q.jsonl", rows), delimiter="")], batch_size=1)
+    assert exam.ask(parent.model, parent.tokenizer)["alike"].accuracy == 1
 
 
 @pytest.mark.parametrize(
