@@ -106,55 +106,116 @@ def read_architecture(path: Path, num_key_value_heads: int | None = None, interm
 
     Without them, those of the whole in the file are the parent's (this project writes them), else the largest of any layer
     (NVIDIA leaves them null).
-    ValueError for a layer that has no form here.
+    ValueError for a layer that has no form here, and for what is not understood.
+    """
+    config, layers = _read(path)
+    of_parent, sizes = {}, {"attention": ("num_key_value_heads", num_key_value_heads), "ffn": ("intermediate_size", intermediate_size)}
+    for subblock, (key, given) in sizes.items():
+        of_parent[subblock] = given or config.get(key) or max((of[subblock] for of in layers if isinstance(of[subblock], int)), default=0)
+    return Architecture(
+        tuple(
+            tuple(_variant(f"{path}: layer {layer} {subblock}", subblock, found, of_parent[subblock]) for subblock, found in of.items())
+            for layer, of in enumerate(layers)
+        )
+    )
+
+
+def _variant(where: str, subblock: str, found: int | Variant, of_parent: int) -> Variant:
+    if isinstance(found, Variant):
+        return found
+    kind = {"attention": "kv", "ffn": "w"}[subblock]
+    if found > of_parent or (kind == "kv" and of_parent % found):
+        raise UserError(f"{where} is {kind}{found}, which no variant of a parent with {kind}{of_parent} is")
+    return PARENT if found == of_parent else Variant(kind, found)
+
+
+def num_params(path: Path) -> int:
+    """Parameters of the checkpoint that a config.json with `block_configs` describes; ValueError for what is not understood."""
+    config, layers = _read(path)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if not config.get("head_dim") and hidden % heads:
+        raise UserError(f"{path} lacks head_dim, and hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = config.get("head_dim") or hidden // heads
+    total = hidden + _needed(config, "vocab_size", path) * hidden * (1 if _needed(config, "tie_word_embeddings", path) else 2)
+    per_channel = {"attention": lambda kv_heads: 2 * head_dim * (heads + kv_heads), "ffn": lambda width: 3 * width}
+    for layer in layers:
+        for subblock, found in layer.items():
+            if found != NO_OP:
+                total += hidden + hidden * (hidden if found == LINEAR else per_channel[subblock](found))  # its norm, its matrices
+    return total
+
+
+# What is read of a subblock of block_configs. Whatever else one has set may change what it is, so it is refused.
+_SIZE_KEYS = {"attention": ("n_heads_in_group", "num_key_value_heads"), "ffn": ("ffn_mult", "intermediate_size")}
+_READ_KEYS = ("no_op", "replace_with_linear", "weights_precision")  # the last one says nothing about the architecture
+
+
+def _read(path: Path) -> tuple[dict, list[dict[str, int | Variant]]]:
+    """A config.json with `block_configs`, and each layer's subblocks: kv heads or width, or NO_OP or LINEAR.
+
+    The form of NVIDIA's checkpoints (`n_heads_in_group`, `ffn_mult`) and that of its AnyModel (`num_key_value_heads`,
+    `intermediate_size`), of bias-free Llama layers. ValueError that names the key which is missing or not understood.
     """
     config = read_json(path)
     if "block_configs" not in config:
         raise UserError(f"{path} has no block_configs; expected the config.json of a nemotron-nas checkpoint")
-    sizes = [(_kv_heads(config, block), _width(config, block)) for block in config["block_configs"]]
-    of_parent = (
-        num_key_value_heads or config.get("num_key_value_heads") or max(kv_heads or 0 for kv_heads, _ in sizes),
-        intermediate_size or config.get("intermediate_size") or max(width or 0 for _, width in sizes),
-    )
-    layers = []
-    for layer, (block, found) in enumerate(zip(config["block_configs"], sizes, strict=True)):
-        kinds = zip(("attention", "ffn"), ("kv", "w"), found, of_parent, strict=True)
-        layers.append(tuple(_variant(path, layer, subblock, block[subblock], *rest) for subblock, *rest in kinds))
-    return Architecture(tuple(layers))
+    if (model_type := config.get("model_type", TARGET)) not in (TARGET, *_FAMILIES):
+        raise UserError(f"{path}: model_type is '{model_type}', whose layers are not known here; expected {TARGET}, {', '.join(_FAMILIES)}")
+    if biases := [key for key in config if key.endswith("_bias") and config[key]]:
+        raise UserError(f"{path} has {', '.join(biases)}: only layers without biases are read")
+    blocks = config["block_configs"]
+    if config.get("num_hidden_layers", len(blocks)) != len(blocks):
+        raise UserError(f"{path}: num_hidden_layers is {config['num_hidden_layers']}, but block_configs has {len(blocks)}")
+    for key in ("hidden_size", "num_attention_heads"):
+        _needed(config, key, path)
+    return config, [_layer(config, block, f"{path}: layer {layer}") for layer, block in enumerate(blocks)]
 
 
-def _variant(path: Path, layer: int, subblock: str, block: dict, kind: str, size: int | None, of_parent: int) -> Variant:
-    if block.get("no_op"):
-        return NO_OP
-    if block.get("replace_with_linear"):
-        return LINEAR
-    if odd := {key: block[key] for key in ("sparsify", "window_length", "num_sink_tokens", "moe", "mamba") if block.get(key)}:
-        raise UserError(f"{path}: layer {layer} {subblock} has {odd}, which has no variant here")
-    if not size or size > of_parent or (kind == "kv" and of_parent % size):
-        raise UserError(f"{path}: layer {layer} {subblock} is {kind}{size}, which no variant of a parent with {kind}{of_parent} is")
-    return PARENT if size == of_parent else Variant(kind, size)
+def _needed(config: dict, key: str, where: object) -> int:
+    if config.get(key) is None:
+        raise UserError(f"{where} lacks {key}")
+    return config[key]
 
 
-def _kv_heads(config: dict, block: dict) -> int | None:
-    group = block["attention"].get("n_heads_in_group")
-    return config["num_attention_heads"] // group if group else None
+def _refuse_odd(block: dict, known: tuple[str, ...], where: str) -> None:
+    if odd := {key: value for key, value in block.items() if key not in known and value is not None and value is not False}:
+        raise UserError(f"{where} has {odd}, which has no variant here")
 
 
-def _width(config: dict, block: dict) -> int | None:
-    """A width said outright stands above the multiplier."""
-    mult = block["ffn"].get("ffn_mult")
-    return block["ffn"].get("intermediate_size") or (width_of(mult, config["hidden_size"]) if mult else None)
+def _layer(config: dict, block: dict, where: str) -> dict[str, int | Variant]:
+    _refuse_odd(block, tuple(_SIZE_KEYS), where)
+    return {subblock: _subblock(config, subblock, _needed(block, subblock, where), f"{where} {subblock}") for subblock in _SIZE_KEYS}
 
 
-def num_params(path: Path) -> int:
-    """Parameters of the checkpoint that a config.json with `block_configs` describes."""
-    config = read_json(path)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    total = hidden + config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
-    for block in config["block_configs"]:
-        kv_heads, width = _kv_heads(config, block), _width(config, block)
-        for part, size in (("attention", 2 * head_dim * (heads + (kv_heads or 0))), ("ffn", 3 * (width or 0))):
-            if not block[part].get("no_op"):
-                total += hidden + hidden * (hidden if block[part].get("replace_with_linear") else size)  # its norm, its matrices
-    return total
+def _subblock(config: dict, subblock: str, block: dict, where: str) -> int | Variant:
+    of_ffn = {"hidden_act": config.get("hidden_act", "silu"), "gated": True} if subblock == "ffn" else {}  # as the whole's: Llama's
+    same = tuple(key for key, value in of_ffn.items() if block.get(key) == value)
+    _refuse_odd(block, (*_SIZE_KEYS[subblock], *_READ_KEYS, *same), where)
+    if block.get("no_op") and block.get("replace_with_linear"):
+        raise UserError(f"{where} has both no_op and replace_with_linear")
+    if block.get("no_op") or block.get("replace_with_linear"):
+        return NO_OP if block.get("no_op") else LINEAR
+    said = {key: block[key] for key in _SIZE_KEYS[subblock] if block.get(key) is not None}
+    if not said:
+        raise UserError(f"{where} lacks {' and '.join(_SIZE_KEYS[subblock])}: one of them says its size")
+    sizes = {_size(config, key, value) for key, value in said.items()}
+    if len(sizes) > 1 or None in sizes:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        raise UserError(f"{where} has {said}: no size where num_attention_heads is {heads} and hidden_size {hidden}, or two that differ")
+    return sizes.pop()
+
+
+def _size(config: dict, key: str, value: float) -> int | None:
+    """The kv heads or the width that a key says; None where it cannot be."""
+    heads = config["num_attention_heads"]
+    if not isinstance(value, int | float) or value <= 0 or (key != "ffn_mult" and value != int(value)):
+        return None
+    match key:
+        case "ffn_mult":
+            return width_of(value, config["hidden_size"])
+        case "intermediate_size":
+            return int(value)
+        case "n_heads_in_group":
+            return None if heads % value else int(heads // value)
+        case "num_key_value_heads":
+            return None if heads % value else int(value)

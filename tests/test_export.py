@@ -414,6 +414,92 @@ def test_a_published_layer_without_a_form_here_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError) as raised:
             nemotron.read_architecture(path, num_key_value_heads=8, intermediate_size=14336)
         assert words in str(raised.value)
+
+
+ANY_MODEL = {"attention": {"no_op": False, "replace_with_linear": False, "sparsify": None, "weights_precision": "bf16",
+                           "num_key_value_heads": 8, "llama4": None, "mamba": None},
+             "ffn": {"no_op": False, "replace_with_linear": False, "sparsify": None, "weights_precision": "bf16", "moe": None,
+                     "intermediate_size": 28672},
+             "parallel_blocks": None}  # fmt: skip
+
+
+def in_any_model(of: str = "", **changes) -> dict:
+    """A block as NVIDIA's AnyModel writes it: kv heads instead of their groups, a width instead of a multiplier."""
+    return {**ANY_MODEL, of: {**ANY_MODEL[of], **changes}} if of else {**ANY_MODEL, **changes}
+
+
+def test_blocks_that_say_kv_heads_and_widths_are_read_as_the_same_architecture(tmp_path):
+    theirs = [
+        in_any_model(),
+        in_any_model("attention", num_key_value_heads=4),
+        in_any_model("attention", num_key_value_heads=None, no_op=True),
+        in_any_model("ffn", intermediate_size=14336),
+        in_any_model("ffn", intermediate_size=None, no_op=True),
+    ]
+    path = published(tmp_path / "theirs.json", theirs, model_type="llama", hidden_act="silu", num_hidden_layers=5, attention_bias=False)
+    same = published(tmp_path / "same.json", [block(), block(16), block(None), block(8, 2.625), block(8, None)])
+    layers = ((PARENT, PARENT), (Variant("kv", 4), PARENT), (NO_OP, PARENT), (PARENT, Variant("w", 14336)), (PARENT, NO_OP))
+    assert nemotron.read_architecture(path) == nemotron.read_architecture(same) == Architecture(layers)
+    attention, ffn = 2 * 128 * (64 + 8) * 8192, 3 * 28672 * 8192
+    expected = 2 * 128256 * 8192 + 4 * attention - 2 * 128 * 4 * 8192 + 3.5 * ffn + (1 + 4 + 4) * 8192
+    assert nemotron.num_params(path) == nemotron.num_params(same) == expected
+
+
+NOT_UNDERSTOOD = {
+    "layer 0 has {'parallel_blocks': [{'attention'": [in_any_model(parallel_blocks=[block(), block()])],
+    "layer 1 ffn has {'moe': {'num_local_experts': 8}}": [block(), in_any_model("ffn", moe={"num_local_experts": 8})],
+    "layer 0 attention has {'mamba': {'state_dim': 128}}": [in_any_model("attention", num_key_value_heads=None, mamba={"state_dim": 128})],
+    "layer 0 attention has {'llama4': {'use_rope': True}}": [in_any_model("attention", llama4={"use_rope": True})],
+    "layer 0 attention has {'num_query_heads': 32}": [in_any_model("attention", num_query_heads=32)],
+    "layer 0 ffn has {'hidden_act': 'relu2'}": [in_any_model("ffn", hidden_act="relu2")],
+    "layer 0 has {'conv': {'kernel': 3}}": [in_any_model(conv={"kernel": 3})],
+    "layer 0 lacks ffn": [{"attention": block()["attention"]}],
+    "layer 1 attention lacks n_heads_in_group and num_key_value_heads": [block(), in_any_model("attention", num_key_value_heads=None)],
+    "layer 0 ffn lacks ffn_mult and intermediate_size": [in_any_model("ffn", intermediate_size=None)],
+    "{'n_heads_in_group': 16, 'num_key_value_heads': 8}: no size": [in_any_model("attention", n_heads_in_group=16)],
+    "layer 0 attention has {'n_heads_in_group': 7}": [block(7)],
+    "layer 0 ffn has {'ffn_mult': 2.625, 'intermediate_size': 28672}": [in_any_model("ffn", ffn_mult=2.625)],
+    "layer 0 ffn has both no_op and replace_with_linear": [in_any_model("ffn", no_op=True, replace_with_linear=True)],
+}
+
+
+@pytest.mark.parametrize("words", NOT_UNDERSTOOD)
+@pytest.mark.parametrize("read", [nemotron.read_architecture, nemotron.num_params])
+def test_a_published_block_that_is_not_understood_is_refused_by_its_key(tmp_path, words, read):
+    with pytest.raises(ValueError) as raised:
+        read(published(tmp_path / "config.json", NOT_UNDERSTOOD[words]))
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "nemotron_h"}, "model_type is 'nemotron_h', whose layers are not known here; expected nemotron-nas"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"attention_bias": True}, "has attention_bias: only layers without biases"),
+        ({"mlp_bias": True}, "has mlp_bias"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, but block_configs has 1"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_attention_heads": None}, "lacks num_attention_heads"),
+    ],
+)
+def test_a_published_config_that_is_not_understood_is_refused_by_its_key(tmp_path, changes, words):
+    for read in (nemotron.read_architecture, nemotron.num_params):
+        with pytest.raises(ValueError, match=words):
+            read(published(tmp_path / "config.json", [block()], **changes))
+
+
+def test_parameters_are_not_counted_where_a_size_is_missing(tmp_path):
+    for changes, words in (
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"tie_word_embeddings": None}, "lacks tie_word_embeddings"),
+        ({"hidden_size": 8200}, "lacks head_dim, and hidden_size 8200 is no multiple"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nemotron.num_params(published(tmp_path / "config.json", [block()], **changes))
+
+
+def test_what_has_no_block_configs_is_no_published_config():
     with pytest.raises(ValueError, match="no block_configs"):
         nemotron.read_architecture(ROOT / "docs" / "results" / "demo.json")
 
