@@ -9,12 +9,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from puzzle_core.files import atomic
 from puzzle_core.parents import Parent
 from puzzle_core.serving import hardware_name
-from puzzle_core.spec import PARENT, SUBBLOCKS, Architecture, Solution
+from puzzle_core.spec import CLOCKED, PARENT, SUBBLOCKS, Architecture, Solution
 
 COLUMNS = {
     "speedup": ("speed-up", "{:.2f} ×"),
-    "latency_ms": ("latency, ms", "{:,.0f}"),
-    "throughput_tokens_per_s": ("tokens/s", "{:.1f}"),
+    "latency_ms": ("latency, parent → child, ms", "{:,.0f}"),
+    "throughput_tokens_per_s": ("tokens/s, parent → child", "{:.1f}"),
     "memory_mib": ("memory, MiB", "{:,.0f}"),
     "num_params": ("parameters", "{:,.0f}"),
     "kl": ("KL to the parent", "{:.3f}"),
@@ -26,11 +26,18 @@ ASSEMBLED = "Its blocks were distilled one by one and put together; it was not y
 DISTILLED = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of metrics by title, as Markdown; what a row does not know stays empty."""
+def cell(row: dict[str, float], key: str, form: str, parent: dict[str, float] | None) -> str:
+    """One figure of a row; a time only as a pair with that of `parent`, the parent's row of the same measurement; else ""."""
+    if key not in row or (key in CLOCKED and parent is None):
+        return ""
+    return f"{form.format(parent[key])} → {form.format(row[key])}" if key in CLOCKED else form.format(row[key])
+
+
+def table(rows: dict[str, dict[str, float]], parents: dict[str, dict[str, float]]) -> str:
+    """Rows of metrics by title, as Markdown, with the parent's row of the same measurement where there is one, by the same titles."""
     lines = ["| | " + " | ".join(name for name, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for title, row in rows.items():
-        cells = [form.format(row[key]) if key in row else "" for key, (_, form) in COLUMNS.items()]
+        cells = [cell(row, key, form, parents.get(title)) for key, (_, form) in COLUMNS.items()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -130,7 +137,7 @@ def write(folder: Path, parent: Parent, solution: Solution, measured: dict[str, 
         trust="" if is_parent else ", trust_remote_code=True",
         needs="It needs torch and transformers"
         + ("." if is_parent else "; `modeling_puzzle.py`, which lies beside the weights, builds the layers that differ."),
-        table=table(rows),
+        table=table(rows, {"this child": measured["parent"]}),
         accuracies=accuracies(rows),
         constraints=", ".join(map(str, solution.constraints)) or "nothing",
         scenario=solution.scenario,

@@ -2,6 +2,7 @@
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -9,10 +10,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from puzzle_core.corpus import Corpus
+from puzzle_core.files import read_json, write_json
 from puzzle_core.quality import sequence_sums
-from puzzle_core.serving import side_by_side, warn_if_elsewhere
+from puzzle_core.serving import pick_serving, place, side_by_side, warn_if_elsewhere
 from puzzle_core.spec import Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained
+
+RECORD = "evaluation.json"  # in a child's folder: it and its parent as they were measured, one after the other
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,17 @@ def measure(
     quality, domains = compare(parent, child, settings.batches(corpus)), by_domain(parent, child, corpus, settings)
     totals = side_by_side({"parent": parent, "child": child}, solution.scenario, serving, settings.repeats, warmup=1)
     return {name: {**quality[name], **totals[name], **answers[name], **domains[name]} for name in quality}
+
+
+def record(folder: Path, measured: dict[str, dict[str, float]], parent: PreTrainedModel, solution: Solution, serving: str) -> None:
+    """Write both rows of `measure` into the child's folder, with what their times are true of."""
+    where = place(parent, pick_serving(serving, parent.device))
+    write_json(folder / RECORD, {"scenario": str(solution.scenario), "hardware": where, **measured})
+
+
+def recorded(folder: Path) -> dict[str, dict[str, float]] | None:
+    """The rows `parent` and `child` of one measurement; None of a child that was measured before they were kept together."""
+    return read_json(folder / RECORD) if (folder / RECORD).exists() else None
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def write(child: SavedChild, path: Path, dtype: str) -> None:
                 raise UserError(f"{', '.join(lost)}: values that {dtype} cannot hold; export with dtype=bfloat16 or float32")
             save_file(tensors, part / file.name, metadata={"format": "pt"})
         for file in child.path.iterdir():  # tokenizer, chat template, generation config, the index of the shards
-            if file.is_file() and file.suffix not in (".safetensors", ".py", ".md") and file.name != "config.json":
+            if file.is_file() and file.suffix not in (".safetensors", ".py", ".md") and file.name not in ("config.json", "evaluation.json"):
                 shutil.copy(file, part)
         (part / "configuration_decilm.py").write_text(inspect.getsource(configuration_decilm))
         write_json(part / "config.json", _config(child, dtype))

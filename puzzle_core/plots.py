@@ -14,7 +14,7 @@ from puzzle_core.errors import UserError
 from puzzle_core.files import atomic
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Solution, Variant, by_size, is_parent
 
-PREDICTED = {"latency_ms": "latency, ms", "throughput_tokens_per_s": "tokens/s", "memory_mib": "memory, MiB", "kl": "KL to the parent"}
+PREDICTED = {"speedup": "speed-up", "memory_mib": "memory, MiB", "kl": "KL to the parent"}
 NAMES = {ATTENTION: "attention", FFN: "FFN", BLOCK: "block"}
 WIDTH_INCHES, DPI = 9.0, 200  # 9 inches are the 900 pixels of a README; twice the dots for sharp screens
 
@@ -104,8 +104,11 @@ def realised_picture(rows: list[dict], metric: str, path: str | Path, title: str
 
 
 def predicted_picture(solution: Solution, measured: dict[str, dict[str, float]], path: str | Path) -> None:
-    """Draw to a PNG what the search predicted of parent and child and what was measured: a panel for each total that is known both ways."""
-    rows = {"parent": (solution.parent_totals, measured["parent"]), "child": (solution.predicted(), measured["child"])}
+    """Draw to a PNG what the search predicted of parent and child and what was measured: a panel for each figure that is known both ways.
+
+    Costs and child are measured at different times, so the speed is that over the parent of the same run.
+    """
+    rows = {"parent": ({**solution.parent_totals, "speedup": 1.0}, measured["parent"]), "child": (solution.predicted(), measured["child"])}
     panels = [name for name in PREDICTED if any(all(side.get(name) for side in row) for row in rows.values())]
     figure = Figure(figsize=(WIDTH_INCHES, 1.0 + 0.6 * len(rows)), dpi=DPI, layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels) or 1)), panels, strict=False):

@@ -13,18 +13,18 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from puzzle_core import plots
-from puzzle_core.cards import COLUMNS
+from puzzle_core import cards, evaluation, plots
+from puzzle_core.errors import UserError
 from puzzle_core.files import read_json
-from puzzle_core.spec import Solution
+from puzzle_core.spec import CLOCKED, Solution, without_times
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ROWS = {"parent": "parent", "predicted": "predicted", "child": "before distillation", "distilled": "after distillation"}
 CHILDREN = ("child", "distilled")
 FORMATS = {
-    **COLUMNS,
-    "prefill_ms": ("time to first token, ms", "{:,.1f}"),
-    "decode_ms": ("time per output token, ms", "{:,.2f}"),
+    **cards.COLUMNS,
+    "prefill_ms": ("time to first token, parent → child, ms", "{:,.1f}"),
+    "decode_ms": ("time per output token, parent → child, ms", "{:,.2f}"),
     "kv_mib": ("KV cache, MiB", "{:,.1f}"),
 }
 ORDER = ("kl", "perplexity", "top1_agreement", "speedup", "latency_ms", "prefill_ms", "decode_ms", "throughput_tokens_per_s", "memory_mib",
@@ -34,7 +34,10 @@ PACKAGES = ("torch", "transformers", "datasets", "ortools", "lm_eval")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left in its data folder: rows of metrics by name, the solution, curves, other pictures."""
+    """What a run has left in its data folder: rows of metrics by name, the solution, curves, other pictures.
+
+    `timed` has of each child the parent's row and its own from one measurement: times are taken from there alone.
+    """
 
     metrics: dict[str, dict[str, float]]
     solution: Solution
@@ -43,6 +46,7 @@ class Run:
     pool: list[dict[str, float]]
     frontier: list[dict[str, float]]
     pictures: dict[str, Path]
+    timed: dict[str, dict[str, dict[str, float]]]
 
     @classmethod
     def read(cls, data: Path) -> "Run":
@@ -63,11 +67,20 @@ class Run:
             [row for row in plot("pool") if row["realised"] is not None],
             plot("frontier"),
             {path.stem: path for path in pictures},
+            {name: pair for name in CHILDREN if name in metrics and (pair := _pair(data, name, metrics[name]))},
         )
 
     @property
     def children(self) -> list[str]:
         return [name for name in CHILDREN if name in self.metrics]
+
+
+def _pair(data: Path, name: str, row: dict[str, float]) -> dict[str, dict[str, float]] | None:
+    """Parent and child as they were measured together, from the child's folder, unless an earlier version wrote it."""
+    pair = evaluation.recorded(data / name)
+    if pair is not None and without_times(pair["child"]) != without_times(row):
+        raise UserError(f"{data / name} is not the child that {data}/metrics/{name}.json is of: `dvc checkout`, or run its stage again")
+    return pair
 
 
 def page(run: Run, texts: list[dict[str, str]], swept: str, settings: dict, hardware: str) -> str:
@@ -79,9 +92,10 @@ def page(run: Run, texts: list[dict[str, str]], swept: str, settings: dict, hard
         asked=", ".join(map(str, solution.constraints)) or "no constraint",
         solution=solution,
         healed="distilled" in run.metrics,
-        tiles=_tiles(run.metrics["parent"], run.metrics[run.children[-1]]),
+        tiles=_tiles(run.metrics["parent"], run.metrics[run.children[-1]], run.timed.get(run.children[-1])),
         columns=[ROWS[name] for name in ROWS if name in run.metrics],
-        totals=_totals(run.metrics),
+        totals=_totals(run.metrics, run.timed),
+        untimed=[ROWS[name] for name in run.children if name not in run.timed],
         tasks=_tasks(run.metrics),
         domains=_domains(run.metrics),
         predictions=_predictions(run.metrics, run.children),
@@ -111,19 +125,23 @@ def _drawn(draw: Callable[[Path], None]) -> Markup:
 
 def _frontier_picture(run: Run, swept: str, path: Path) -> None:
     metric, scenario = run.solution.metric, run.solution.scenario
-    marks = {
-        ROWS[name] if name == "predicted" else f"realised, {ROWS[name]}": (row[swept], row[metric])
-        for name, row in run.metrics.items()
-        if name != "parent" and swept in row and metric in row
-    }
+    rows = {ROWS["predicted"]: run.solution.predicted()}
+    for name in run.children:
+        row = without_times(run.metrics[name])
+        if swept in CLOCKED and name in run.timed:  # at the pace of the costs, which the curve is of
+            of_parent, of_child = run.timed[name]["parent"], run.timed[name]["child"]
+            row |= {swept: run.solution.parent_totals[swept] * of_child[swept] / of_parent[swept]}
+        rows[f"realised, {ROWS[name]}"] = row
+    marks = {label: (row[swept], row[metric]) for label, row in rows.items() if swept in row and metric in row}
     title = f"least total {metric} at each limit of {swept}, on {scenario}"
     plots.frontier_picture(run.frontier, swept, metric, path, title, marks)
 
 
-def _tiles(parent: dict[str, float], final: dict[str, float]) -> list[tuple[str, str, str]]:
+def _tiles(parent: dict[str, float], final: dict[str, float], timed: dict[str, dict] | None) -> list[tuple[str, str, str]]:
     """What stands at the top: name, figure, what it is held against."""
+    took = f"{cards.cell(timed['child'], 'latency_ms', '{:,.0f}', timed['parent'])} ms a request" if timed else "beside the parent"
     tiles = [
-        ("speed-up", f"{final['speedup']:.2f} ×", f"{parent['latency_ms']:,.0f} → {final['latency_ms']:,.0f} ms a request"),
+        ("speed-up", f"{final['speedup']:.2f} ×", took),
         ("KL to the parent", f"{final['kl']:.3f}", f"± {final['kl_stderr']:.3f} nats a token"),
         ("perplexity", f"{final['perplexity']:.1f}", f"parent {parent['perplexity']:.1f}"),
         ("same next token", f"{final['top1_agreement']:.0%}", "of held-out tokens"),
@@ -143,10 +161,18 @@ def _cell(row: dict[str, float], key: str, form: str) -> str:
     return form.format(row[key]) + (f" ± {form.format(error)}" if error else "")
 
 
-def _totals(metrics: dict[str, dict]) -> list[tuple[str, list[str]]]:
-    keys = [key for key in ORDER if any(key in row for row in metrics.values())]
-    rows = [metrics[name] for name in ROWS if name in metrics]
-    return [(FORMATS[key][0], [_cell(row, key, FORMATS[key][1]) for row in rows]) for key in keys]
+def _totals(metrics: dict[str, dict], timed: dict[str, dict]) -> list[tuple[str, list[str]]]:
+    """Every figure of every row; a time only beside the parent's of the same measurement."""
+    table, names = [], [name for name in ROWS if name in metrics]
+    for key in ORDER:
+        if key in CLOCKED:
+            pairs = (timed.get(name, {"parent": None, "child": {}}) for name in names)
+            cells = [cards.cell(pair["child"], key, FORMATS[key][1], pair["parent"]) for pair in pairs]
+        else:
+            cells = [_cell(metrics[name], key, FORMATS[key][1]) for name in names]
+        if any(cells):
+            table.append((FORMATS[key][0], cells))
+    return table
 
 
 def _tasks(metrics: dict[str, dict]) -> list[tuple[str, list[str]]]:
@@ -173,7 +199,7 @@ def _domains(metrics: dict[str, dict]) -> list[tuple[str, list[str]]]:
 def _predictions(metrics: dict[str, dict], children: list[str]) -> list[tuple[str, list[str]]]:
     """What search predicted, and by how much what was measured is off."""
     table = []
-    for key in ORDER:
+    for key in without_times(dict.fromkeys(ORDER)):
         predicted = metrics["predicted"].get(key)
         if predicted is None or key not in metrics["child"]:
             continue

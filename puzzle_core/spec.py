@@ -227,6 +227,14 @@ class Constraint:
         return f"{self.name} {sense}{limit}" + (f" on {self.scenario}" if self.scenario else "")
 
 
+CLOCKED = ("latency_ms", "prefill_ms", "decode_ms", "throughput_tokens_per_s")  # true of the minutes in which they were measured
+
+
+def without_times(row: dict[str, float]) -> dict[str, float]:
+    """A row of metrics as it may stand beside rows of other runs: a machine is not as fast in all of them, a speed-up is."""
+    return {name: value for name, value in row.items() if name not in CLOCKED}
+
+
 @dataclass(frozen=True)
 class Solution:
     """An architecture plus its proof."""

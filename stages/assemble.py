@@ -8,7 +8,7 @@ from puzzle_core.config import fill, plain, stage
 from puzzle_core.corpus import Corpus
 from puzzle_core.files import atomic, lock, read_json, write_json
 from puzzle_core.parents import load_parent, pick_device
-from puzzle_core.spec import Solution
+from puzzle_core.spec import Solution, without_times
 
 
 @stage("assemble")
@@ -28,14 +28,16 @@ def run(cfg):
             save_child(child, parent.tokenizer, part)
             verify_reload(child, part, reported[0][:1])
             metrics = evaluation.measure(parent.model, child, corpus, solution, cfg.hardware.serving, settings)
+            evaluation.record(part, metrics, parent.model, solution, cfg.hardware.serving)
             cards.write(part, parent, solution, metrics, cards.ASSEMBLED, corpus.name)
-        for name, row in {**metrics, "predicted": solution.predicted()}.items():
+        predicted = without_times(solution.predicted())  # its times are those of another hour, the parent's too
+        for name, row in {**metrics, "predicted": predicted}.items():
             write_json(out / "metrics" / f"{name}.json", row)
         write_json(out / "chosen.json", solution.to_json())
         write_json(out / "plots" / "pool.json", compared)
         plots.predicted_picture(solution, metrics, out / "plots" / "predicted_realised.png")
         architecture_picture(solution.architecture, out / "plots" / "architecture.png", solution.title)
-    print(evaluation.table({"parent": metrics["parent"], "predicted": solution.predicted(), "child": metrics["child"]}))
+    print(evaluation.table({"parent": metrics["parent"], "predicted": predicted, "child": metrics["child"]}))
     print(f"assemble: {pools.choice(compared)}; {out}/child")
 
 

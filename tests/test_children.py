@@ -139,14 +139,14 @@ def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement
     object.__setattr__(parent, "origin", origin)
     answers = {"piqa_accuracy": 0.6, "piqa_accuracy_stderr": 0.01, "piqa_chance": 0.5}
     answers |= {"accuracy_retained": 0.9, "accuracy_retained_stderr": 0.05}
-    measured = {"parent": {**ROW, **answers}, "child": {**ROW, **answers, "speedup": 1.875, "kl": 0.375}}
+    measured = {"parent": {**ROW, **answers, "latency_ms": 20.0}, "child": {**ROW, **answers, "speedup": 1.875, "kl": 0.375}}
     cards.write(tmp_path, parent, solution_of(MIXED), measured, "Put together.", "excerpt")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.base_model, card.data.pipeline_tag) == (license, "owner/model", "text-generation")
     assert {"puzzle", "custom_code"} <= set(card.data.tags)
     results = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert results == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0, "accuracy": 0.6}
-    rows = ("| 2.00 × | 5 |", "| 1.88 × | 10 |", "| 2 | kv1 | no_op |", "| this child | 0.600 ± 0.010 | 90.0% ± 5.0% |")
+    rows = ("| 2.00 × |  |", "| 1.88 × | 20 → 10 |", "| 2 | kv1 | no_op |", "| this child | 0.600 ± 0.010 | 90.0% ± 5.0% |")
     asked = "Asked for: speedup 1.5, memory_mib 75%"
     for words in (asked, "at revision abc", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
         assert words in card.text, words

@@ -219,7 +219,7 @@ def test_costs_of_another_machine_are_named_beside_this_one(pico, capsys):
 
 def test_predicted_against_realised_is_drawn_where_both_are_known(tmp_path):
     drawn = []
-    for known in ({}, {"latency_ms": 12.0, "memory_mib": 0.5, "kl": 0.3}):
+    for known in ({}, {"speedup": 1.1, "memory_mib": 0.5, "kl": 0.3}):
         plots.predicted_picture(a_solution("here"), {"parent": {**known, "kl": 0.0}, "child": known}, tmp_path / "picture.png")
         drawn.append((tmp_path / "picture.png").read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in drawn) and drawn[0] != drawn[1]

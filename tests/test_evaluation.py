@@ -1,6 +1,7 @@
 """Accuracy on tasks is what the model's own log-likelihoods say, with errors that resampling confirms; the report says it all."""
 import copy
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.files import write_json
 from puzzle_core.spec import Constraint, Scenario, Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained, standard_error
 
@@ -339,11 +341,37 @@ def test_a_report_of_half_a_run_says_what_there_is_and_escapes_what_models_say()
     limits = (Constraint("speedup", 1.5, "latency_ms", 100.0),)
     chosen = Solution(architecture(*["kv1 w80"] * 4), Scenario(2, 16, 4), "kl", 0.4, 0.4, "optimal", 0.0, totals, totals, limits)
     metrics = {"parent": {**ROW, "kl": 0.0, "kl_stderr": 0.0}, "predicted": chosen.predicted(), "child": ROW}
-    run = report.Run(metrics, chosen, [], [], [{"solution": 1, "predicted": 0.4, "realised": 0.5, "chosen": 1}], [], {})
+    pool = [{"solution": 1, "predicted": 0.4, "realised": 0.5, "chosen": 1}]
+    run = report.Run(metrics, chosen, [], [], pool, [], {}, {})
     texts = [{"prompt": "<script src='http://x'></script>", "text": "a", "parent": "b", "child": "c & d"}]
     page = Page(report.page(run, texts, "speedup", {"use": {"parent": "pico"}, "seed": 7}, "a chip"))
     assert page.is_self_contained and "<script src='http://x'></script>" in page.words and "c & d" in page.words
-    words = ("A child of pico", "speedup 1.5", "0.500 ± 0.020", "0.400", "100 (+25.0%)", "0.600 ± 0.010", "90.0% ± 5.0%", "9.5", "seed: 7",
-             "a chip")  # fmt: skip
+    words = ("A child of pico", "speedup 1.5", "0.500 ± 0.020", "0.400", "0.500 (+25.0%)", "0.600 ± 0.010", "90.0% ± 5.0%", "9.5",
+             "seed: 7", "a chip")  # fmt: skip
     assert all(word in page.words for word in words), [word for word in words if word not in page.words]
     assert "after distillation" not in page.words and "Frontier" not in page.words and "Global distillation" not in page.words
+    assert "latency" not in page.words and "child before distillation no times" in " ".join(page.words.split())
+    timed = {"child": {"parent": {**ROW, "latency_ms": 150.0}, "child": ROW}}
+    page = Page(report.page(replace(run, timed=timed), [], "speedup", {"use": {"parent": "pico"}}, "a chip"))
+    assert "latency, parent → child, ms" in page.words and page.words.count("150 → 100") == 2 and "no times" not in page.words
+
+
+def test_a_report_refuses_a_folder_whose_child_is_not_the_one_of_the_metrics(tmp_path):
+    assert report._pair(tmp_path, "child", ROW) is None  # an earlier version wrote no pair
+    write_json(tmp_path / "child" / evaluation.RECORD, {"parent": ROW, "child": {**ROW, "latency_ms": 90.0}})
+    assert report._pair(tmp_path, "child", ROW)["child"]["latency_ms"] == 90.0
+    with pytest.raises(ValueError, match="child is not the child that .*metrics/child.json is of"):
+        report._pair(tmp_path, "child", {**ROW, "kl": 0.6})
+
+
+def test_a_child_on_the_frontier_of_a_time_stands_at_the_pace_of_the_costs(monkeypatch):
+    totals = {"latency_ms": 80.0}
+    chosen = Solution(architecture(*["kv1 w80"] * 4), Scenario(2, 16, 4), "kl", 0.4, 0.4, "optimal", 0.0, totals, {"latency_ms": 120.0}, ())
+    timed = {"child": {"parent": {"latency_ms": 300.0}, "child": {"latency_ms": 210.0}}}
+    run = report.Run({"parent": {}, "predicted": {"kl": 0.4}, "child": {"kl": 0.5, "latency_ms": 210.0}}, chosen, [], [], [], [], {}, timed)
+    drawn = []
+    monkeypatch.setattr(report.plots, "frontier_picture", lambda *given: drawn.append(given[-1]))
+    report._frontier_picture(run, "latency_ms", None)
+    report._frontier_picture(replace(run, timed={}), "latency_ms", None)
+    assert drawn[0] == {"predicted": (80.0, 0.4), "realised, before distillation": (pytest.approx(84.0), 0.5)}
+    assert drawn[1] == {"predicted": (80.0, 0.4)}

@@ -9,8 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import ENVIRONMENT, copy_of_the_project, run
+from conftest import ENVIRONMENT, ROOT, copy_of_the_project, run
 from test_evaluation import Page
+
+from benchmarks import demo
+from puzzle_core.spec import CLOCKED
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 STAGES = ["bld", "score", "profile-hardware", "search", "frontier", "assemble", "gkd"]
@@ -76,6 +79,46 @@ def test_a_run_answers_what_did_i_get(project):
     assert "GKD loss" in page and all(
         list((project / "dvc_plots" / "static").glob(f"*{name}.png")) for name in ("architecture", "predicted_realised")
     )
+
+
+def disagreements(table: str, within: float) -> list[str]:
+    """Lines of a Markdown table of metrics with a time that is no pair, or a pair whose ratio is not the line's speed-up."""
+    titles, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n") if line.startswith("|")]
+    timed, wrong = [n for n, title in enumerate(titles) if title.startswith(("latency", "tokens/s"))], []
+    assert timed and "speed-up" in titles
+    for cells in lines:
+        speedup = float(cells[titles.index("speed-up")].removesuffix(" ×"))
+        for n in (n for n in timed if cells[n]):
+            pair = [float(time.replace(",", "")) for time in cells[n].split(" → ")]
+            slow, fast = pair[:: 1 if titles[n].startswith("latency") else -1] if len(pair) == 2 else (0.0, 1.0)
+            if slow / fast != pytest.approx(speedup, rel=within):
+                wrong.append(" | ".join(cells))
+    return wrong
+
+
+def test_times_stand_beside_those_of_a_parent_that_was_timed_with_them(project, undo):
+    rows = {row: json.loads((project / f"data/metrics/{row}.json").read_text()) for row in ("parent", "predicted", "child", "distilled")}
+    timed = {name: json.loads((project / f"data/{name}/evaluation.json").read_text()) for name in ("child", "distilled")}
+    assert (timed["child"]["parent"], timed["child"]["child"]) == (rows["parent"], rows["child"])  # these two, in the same minutes
+    assert not set(CLOCKED) & (set(rows["predicted"]) | set(rows["distilled"])) and rows["predicted"]["speedup"] > 0
+    assert {key: value for key, value in timed["distilled"]["child"].items() if key not in CLOCKED} == rows["distilled"]
+    run([sys.executable, "-m", "stages.report", "out=data", "continuations=null"], project)
+    page = " ".join(Page((project / "data" / "report.html").read_text()).words.split())
+    for name, pair in timed.items():
+        assert pair["scenario"] == "b2p16g8" and ", eager, float32" in pair["hardware"]
+        for of_parent, of_child in ((pair[row]["latency_ms"], pair[row]["throughput_tokens_per_s"]) for row in ("parent", "child")):
+            assert of_parent * of_child == pytest.approx(2 * 8 * 1000)
+        assert pair["parent"]["latency_ms"] / pair["child"]["latency_ms"] == pytest.approx(pair["child"]["speedup"])  # one turn, no medians
+        took = f"{pair['parent']['latency_ms']:,.0f} → {pair['child']['latency_ms']:,.0f}"
+        card = (project / f"data/{name}/README.md").read_text().partition("## Measured")[2].partition("\n\n")[2].partition("\n\n")[0]
+        assert took in card and took in page
+        assert disagreements(card, within=0.2) == []  # whole milliseconds of few
+    assert disagreements(demo.table(rows, timed), within=0.2) == []
+
+
+def test_the_readmes_table_does_not_contradict_itself():
+    table = (ROOT / "README.md").read_text().partition("<!-- results:")[2].partition("<!-- /results")[0]
+    assert disagreements(table, within=0.05) == []
 
 
 def test_a_report_of_the_run_needs_no_network(project, undo):
