@@ -18,7 +18,7 @@ import pandas as pd
 
 from benchmarks.demo import write_into
 from benchmarks.machine import write_results
-from puzzle_core import evaluation, realised, search, tables
+from puzzle_core import realised, search, tables
 from puzzle_core.config import composed, fill, plain
 from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent, pick_device
@@ -98,7 +98,7 @@ def main() -> None:
         measured, device = fill(realised.Settings, cfg.realised), pick_device(cfg.hardware.device)
         parent = fill(load_parent, cfg.parent, device=device)
         corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-        batches = measured.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
+        batches = measured.batches(corpus)
         weights_of = tables.variant_files(library, options.data / "blocks")
         joint_kl = partial(realised.joint_kl, parent, weights_of=weights_of, batches=batches, settings=measured)
         measured_on = f"joint KL on {sum(batch.size for batch in batches):,} held-out tokens."

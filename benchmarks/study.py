@@ -1,7 +1,7 @@
 """Is it the search that did it? One library, many ways to choose from it, each child healed and measured: the study's table.
 
-    SETTINGS=(parent.dtype=bfloat16 corpus=files corpus.path=text corpus.validation_fraction=0.03 search_space=paper bld=full score=full
-      hardware=cuda hardware.repeats=5 hardware.warmup=1 hardware.decode_steps=8
+    SETTINGS=(parent.dtype=bfloat16 corpus=files corpus.path=text corpus.development_fraction=0.03 corpus.test_fraction=0.03
+      search_space=paper bld=full score=full hardware=cuda hardware.repeats=5 hardware.warmup=1 hardware.decode_steps=8
       workload=throughput workload.batch_size=256 workload.generation_len=128
       gkd=full search.pool_distance=12 rivals.time_limit_s=10 evaluation.task_batch_size=64
       "evaluation.text={num_tokens:65536,seq_len:1024,batch_size:8}"

@@ -113,7 +113,7 @@ class Bench:
         return tables.variant_files(tables.read("library", folder / "library.parquet"), folder / "blocks")
 
     def joint_kls(self, library: str, architectures: list[Architecture]) -> list[float]:
-        batches = self.pool_text.batches(self.corpus, self.text)
+        batches = self.pool_text.batches(self.corpus)
         return realised.joint_kl(self.parent, architectures, self.weights_of(library), batches, self.pool_text)
 
     def heal(self, row: Row, architecture: Architecture, per_gpu: int) -> dict:
@@ -133,7 +133,9 @@ class Bench:
             rows = evaluation.compare(self.parent.model, child, self.text)
             if not math.isfinite(rows["child"]["kl"]):
                 raise FloatingPointError(f"KL after GKD is {rows['child']['kl']}")
+            chosen_by = evaluation.compare(self.parent.model, child, self.pool_text.batches(self.corpus))["child"]  # a learning rate is
             answers = evaluation.accuracy_rows(of_parent, self.answers(child))
+            record |= {"development_kl": chosen_by["kl"]}
             record |= {"parent": rows["parent"] | answers["parent"], "after": rows["child"] | answers["child"]}
         except (FloatingPointError, OverflowError) as error:
             record["failed"] = str(error)
@@ -150,7 +152,7 @@ class Bench:
 
     def briefly(self, row: Row, architecture: Architecture) -> dict:
         """The KL of the child of `architecture`, one of the row's pool, after brief GKD; None where that diverges."""
-        batches, settings = self.pool_text.batches(self.corpus, self.text), brief_settings(self.study)
+        batches, settings = self.pool_text.batches(self.corpus), brief_settings(self.study)
         more = (self.weights_of(row.library), self.corpus, batches, settings, self.cfg.seed + row.seed)
         return {"architecture": architecture.to_json(), "kl": pools.healed_kl(self.parent, architecture, *more)}
 
@@ -161,7 +163,7 @@ def gkd_json(study: Study, row: Row) -> dict | None:
 
 
 def gkd_settings(study: Study, row: Row) -> gkd.Settings | None:
-    """How the row's child is healed; None: not at all. No checkpoints: a row that was killed begins anew, and its last state counts."""
+    """How the row's child is healed; None: not at all. No checkpoints: a row that was killed begins anew."""
     if row.rate is not None:
         return brief_settings(study, row.rate)
     if row.losses is None:
@@ -184,12 +186,12 @@ def rates_left(study: Study) -> list[Row]:
 
 
 def rate_of(study: Study) -> float | None:
-    """The learning rate whose row has the least KL; None where none is compared, or not all are known."""
+    """The learning rate whose row has the least KL on development text; None where none is compared, or not all are known."""
     compared = [row for row in study.rows if row.rate is not None and architecture_of(study, row) is not None]
     if not compared or rates_left(study):
         return None
     healed = {row.rate: study.read("healed", healing_of(study, row, architecture_of(study, row))) for row in compared}
-    kls = {rate: one["after"]["kl"] for rate, one in healed.items() if "after" in one}
+    kls = {rate: one["development_kl"] for rate, one in healed.items() if "after" in one}
     return min(kls, key=kls.get, default=None)
 
 

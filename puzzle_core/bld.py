@@ -152,15 +152,19 @@ def _fullest(parent: Parent, wanted: list[Wanted], settings: Settings, num: int)
     return replace(max(loads, key=lambda load: load.flops), peak_bytes=max(load.peak_bytes for load in loads))
 
 
-def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
-    """Train the missing variants, window by window; the rows of their files."""
+def text_of(corpus: Corpus, settings: Settings, seed: int) -> dict[str, list]:
+    """[B, T] token batches of each use: what variants learn from, and what their losses are measured on."""
     shape = {"seq_len": settings.seq_len, "batch_size": settings.batch_size}
-    it_takes = plan(parent, wanted_of(missing), settings)
-    batches = {
+    return {
         "calibration": corpus.batches("train", settings.calibration_tokens, seed=f"bld-calibration-{seed}", **shape),
         "train": corpus.batches("train", settings.train_tokens, seed=f"bld-{seed}", **shape),
-        "val": corpus.batches("validation", settings.val_tokens, seed=f"bld-val-{seed}", **shape),
+        "val": corpus.batches("development", settings.val_tokens, seed=f"bld-val-{seed}", **shape),
     }
+
+
+def _make(parent: Parent, missing: list[Job], corpus: Corpus, settings: Settings, seed: int, blocks: Path, show: bool) -> dict[Job, dict]:
+    """Train the missing variants, window by window; the rows of their files."""
+    it_takes, batches = plan(parent, wanted_of(missing), settings), text_of(corpus, settings, seed)
     run = ParentRun(parent, {use: some for use, some in batches.items() if it_takes.holds_training or use != "train"})
     rows = {}
     title = f"bld: {len(missing)} variants, {len(it_takes.windows)} windows"

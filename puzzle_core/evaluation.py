@@ -30,11 +30,11 @@ class Settings:
     task_batch_size: int  # answers in one forward pass
 
     def batches(self, corpus: Corpus, domain: str | None = None) -> list:
-        """Held-out token batches [B, T], of all text or of one domain."""
+        """Token batches [B, T] of the test split, of all text or of one domain."""
         size = dict(self.text)
         if domain is not None:
             size |= {"num_tokens": self.domain_tokens, "batch_size": min(size["batch_size"], -(-self.domain_tokens // size["seq_len"]))}
-        return corpus.batches("validation", **size, seed="evaluation", domain=domain)
+        return corpus.batches("test", **size, seed="evaluation", domain=domain)
 
     def exam(self) -> Exam | None:
         """The questions of `tasks`; ValueError or OSError where they cannot be asked."""
@@ -119,20 +119,20 @@ def recorded(folder: Path) -> dict[str, dict[str, float]] | None:
 def continuations(
     models: dict[str, PreTrainedModel], corpus: Corpus, num_prompts: int, prompt_len: int, num_tokens: int
 ) -> list[dict[str, str]]:
-    """The beginnings of held-out documents, of different domains where there are any, how they go on, and what each model makes
+    """The beginnings of documents of the test split, of different domains where there are any, how they go on, and what each model makes
     of them greedily: rows of `prompt`, `text` and the models' names."""
-    documents, chosen, domains = list(corpus.splits["validation"]), [], set()
+    documents, chosen, domains = list(corpus.splits["test"]), [], set()
     random.Random("continuations").shuffle(documents)
     for document in documents:
         ids = corpus.tokenizer(document.text, add_special_tokens=False)["input_ids"][: prompt_len + num_tokens]
         if len(ids) == prompt_len + num_tokens and (document.domain is None or document.domain not in domains):
-            chosen.append(ids)
+            chosen.append(corpus.start + ids)
             domains.add(document.domain)
         if len(chosen) == num_prompts:
             break
     if not chosen:
         return []
-    whole = torch.tensor(chosen)
+    whole, prompt_len = torch.tensor(chosen), len(corpus.start) + prompt_len
     parts = {"prompt": whole[:, :prompt_len], "text": whole[:, prompt_len:]}
     for name, model in models.items():
         prompts = parts["prompt"].to(model.device)

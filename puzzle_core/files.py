@@ -72,5 +72,14 @@ def lock(directory: str | Path, name: str, wait: bool = False) -> Iterator[None]
 
 
 def fingerprint(*parts: object) -> str:
-    """Sixteen hex digits that change when any of `parts` (plain JSON values) does."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """Sixteen hex digits that change when any of `parts` (plain JSON values) does; 1 and 1.0 are one value."""
+    return hashlib.sha256(json.dumps(_whole_numbers(parts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _whole_numbers(value: object) -> object:
+    """`value` with every float that is a whole number as an int, which is how one writes 0 or 1 in YAML as often as not."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -214,7 +214,7 @@ def _whole_batches(corpus: Corpus, settings: Settings, seed: str) -> tuple:
     """The token sequences [N, T] to train on, and those held out, of one phase."""
     step = settings.seq_len * settings.batch_size
     train_tokens, eval_tokens = (-(-tokens // step) * step for tokens in (settings.train_tokens, settings.eval_tokens))
-    held_out = corpus.sequences("validation", eval_tokens, settings.seq_len, seed=seed) if eval_tokens else []
+    held_out = corpus.sequences("development", eval_tokens, settings.seq_len, seed=seed) if eval_tokens else []
     return corpus.sequences("train", train_tokens, settings.seq_len, seed=seed), held_out
 
 

@@ -28,7 +28,6 @@ def best_of(
     pool: Sequence[Solution],
     weights_of: Callable,
     corpus: Corpus,
-    reported: list,
     settings: realised.Settings,
     healing: gkd.Settings | None = None,
     seed: int = 0,
@@ -36,12 +35,12 @@ def best_of(
 ) -> tuple[Solution, list[dict[str, float | int | None]]]:
     """The solution whose child has the least KL, after `healing` if there is any, and a row for each: predicted, and what came of it.
 
-    KL is measured on other text than `reported`. Where there is no choice nothing is: `realised` of the row is None. The folder `work`,
+    KL is measured on development text. Where there is no choice nothing is: `realised` of the row is None. The folder `work`,
     which healing needs, keeps what came of it, for a run that goes on. FloatingPointError where no child can be healed.
     """
     kls, healed, chosen = [None], [None] * len(pool), 0
     if len(pool) > 1:
-        architectures, batches = [solution.architecture for solution in pool], settings.batches(corpus, reported)
+        architectures, batches = [solution.architecture for solution in pool], settings.batches(corpus)
         kls = realised.joint_kl(parent, architectures, weights_of, batches, settings)
         if healing is not None:
             healed = healed_kls(parent, architectures, weights_of, corpus, batches, healing, seed, work)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from puzzle_core.corpus import start_ids
 from puzzle_core.errors import UserError
 
 _PROMPT, _ANSWER = ("question", "prompt", "query"), ("answer", "gold", "label")  # what files in use call these columns
@@ -131,15 +132,16 @@ def _schema(row: Mapping, where: str) -> WinogradSchema:
 def tokenize(questions: list[Question], tokenizer, max_tokens: int) -> list[Choice]:
     """Every choice of every question after its prompt; of what is longer than `max_tokens` the end is kept.
 
-    A choice's own tokens are those in which the text with it differs from the prompt alone.
+    A choice's own tokens are those in which the text with it differs from the prompt alone. Each begins as the tokenizer begins a text.
     """
-    found = []
+    found, start = [], start_ids(tokenizer)
     for number, question in enumerate(questions):
-        prompt_ids = tokenizer(question.prompt.rstrip())["input_ids"]
+        prompt_ids = tokenizer(question.prompt.rstrip(), add_special_tokens=False)["input_ids"]
         space = question.prompt[len(question.prompt.rstrip()) :] or " "
         for index, text in enumerate(question.choices):
-            ids = tokenizer(question.prompt.rstrip() + space + text)["input_ids"]
+            ids = tokenizer(question.prompt.rstrip() + space + text, add_special_tokens=False)["input_ids"]
             shared = next((i for i, pair in enumerate(zip(prompt_ids, ids, strict=False)) if pair[0] != pair[1]), len(prompt_ids))
-            cut = max(0, len(ids) - max_tokens)
-            found.append(Choice(number, index, ids[cut:], max(1, shared - cut), len(text)))
+            cut = max(0, len(start) + len(ids) - max_tokens)
+            first = max(1, len(start), len(start) + shared - cut)
+            found.append(Choice(number, index, start + ids[cut:], first, len(text)))
     return found

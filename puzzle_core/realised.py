@@ -36,10 +36,9 @@ class Settings:
     memory_gib: float | None = None  # for hidden states of all architectures; what does not fit is measured afterwards
     heal: dict | None = None  # brief GKD of a pool's children before the best is chosen (pools.py): keys of conf/gkd/; None: none
 
-    def batches(self, corpus: Corpus, reported: list) -> list:
-        """[B, T] batches of the held-out text that follows that of the evaluation, whose batches are `reported`."""
-        sizes = (self.num_tokens, self.seq_len, self.batch_size)
-        return corpus.batches("validation", *sizes, seed="evaluation", skip_tokens=sum(batch.size for batch in reported))
+    def batches(self, corpus: Corpus) -> list:
+        """[B, T] batches of development text: what an evaluation reports is of other documents."""
+        return corpus.batches("development", self.num_tokens, self.seq_len, self.batch_size, seed="realised")
 
 
 @torch.no_grad()

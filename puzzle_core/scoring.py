@@ -30,10 +30,10 @@ from puzzle_core.trace import first, last_hidden, layer_call, run_layers
 VERSION = 3  # raise when a change here, or in a module below, changes what a score is
 # metric: (which text it is measured on, what is measured for each of its tokens)
 TEXT_METRICS = {
-    "kl": ("validation", "kl"),
-    "lm_loss": ("validation", "lm_loss"),
-    "top1_disagreement": ("validation", "top1_disagreement"),
-    "cosine_distance": ("validation", "cosine_distance"),
+    "kl": ("development", "kl"),
+    "lm_loss": ("development", "lm_loss"),
+    "top1_disagreement": ("development", "top1_disagreement"),
+    "cosine_distance": ("development", "cosine_distance"),
     "lm_loss_train": ("train", "lm_loss"),
 }
 
@@ -131,7 +131,7 @@ def make_tests(parent: Parent, corpus: Corpus, settings: Settings, metrics: set[
     """What `metrics` are measured by."""
     tests: list[Text | Questions] = []
     compiled = settings.compile and parent.device.type == "cuda"
-    for split, seed in (("validation", "score"), ("train", "score-train")):
+    for split, seed in (("development", "score"), ("train", "score-train")):
         kinds = {name: kind for name, (where, kind) in TEXT_METRICS.items() if name in metrics and where == split}
         if kinds:
             batches = corpus.batches(split, settings.num_tokens, settings.seq_len, settings.batch_size, seed=seed)

@@ -22,7 +22,7 @@ def run(cfg):
         reported, measured = settings.batches(corpus), fill(realised.Settings, cfg.realised)
         healing = None if measured.heal is None else fill(gkd.Settings, cfg.realised.heal)
         more = (healing, cfg.seed, out / ".pool")
-        solution, compared = pools.best_of(parent, pool, weights_of, corpus, reported, measured, *more)
+        solution, compared = pools.best_of(parent, pool, weights_of, corpus, measured, *more)
         child = make_child(parent, solution.architecture, weights_of)
         with atomic(out / "child") as part:  # it appears when it is proved, measured and described
             save_child(child, parent.tokenizer, part)

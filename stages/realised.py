@@ -1,7 +1,7 @@
 """The joint KL of each of many architectures beside the sum of scores predicted for it: a table and a picture."""
 from pathlib import Path
 
-from puzzle_core import evaluation, plots, realised, rivals, search, tables
+from puzzle_core import plots, realised, rivals, search, tables
 from puzzle_core.config import fill, plain, stage
 from puzzle_core.constraints import constraints_from
 from puzzle_core.corpus import Corpus
@@ -21,7 +21,7 @@ def run(cfg):
         rows += [{"group": "random", "name": f"random {n}", "architecture": one} for n, one in enumerate(drawn, start=1)]
     parent = fill(load_parent, cfg.parent, device=pick_device(cfg.hardware.device), in_parts=True)
     corpus = Corpus(parent.tokenizer, plain(cfg.corpus))
-    batches = settings.batches(corpus, fill(evaluation.Settings, cfg.evaluation).batches(corpus))
+    batches = settings.batches(corpus)
     weights_of = tables.variant_files(tables.read("library", data / "library.parquet"), data / "blocks")
     rows = realised.measure(parent, rows, lambda one: problem.score(problem.rows_of(one)), weights_of, batches, settings)
     summary = realised.agreement(rows)

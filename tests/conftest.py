@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
     "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org",
 }  # fmt: skip
-EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
+EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "development_fraction": 0.1, "test_fraction": 0.1}
 PICO_CONFIG = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,

@@ -40,24 +40,6 @@ def library(pico, corpus, tmp_path_factory):
     return tables.check("library", table), blocks, jobs
 
 
-def test_packing_is_deterministic_full_and_split_by_document(corpus):
-    one, two = (corpus.sequences("train", 5000, 64, seed="a") for _ in range(2))
-    assert np.array_equal(one, two) and one.shape == (79, 64)
-    assert not np.array_equal(one, corpus.sequences("train", 5000, 64, seed="b"))
-    assert not set(corpus.splits["train"]) & set(corpus.splits["validation"])
-    share = len(corpus.splits["validation"]) / sum(map(len, corpus.splits.values()))
-    assert 0.07 < share < 0.13
-
-
-def test_another_split_is_another_corpus(pico, corpus):
-    assert Corpus(pico.tokenizer, {**EXCERPT, "validation_fraction": 0.2}).fingerprint != corpus.fingerprint
-
-
-def test_a_corpus_too_small_says_how_much_it_has_and_needs(corpus):
-    with pytest.raises(ValueError, match=r"too small: its validation split has [\d,]+ tokens, [\d,]+ are needed"):
-        corpus.sequences("validation", 10**8, 64, seed="a")
-
-
 def ridge(last: nn.Linear, inputs: torch.Tensor, targets: torch.Tensor, strengths: list[float]) -> float:
     fitting, held_out = surgery.RidgeStatistics(last), surgery.RidgeStatistics(last)
     for part, statistics in ((slice(0, 100), fitting), (slice(100, 300), fitting), (slice(300, None), held_out)):
@@ -245,7 +227,7 @@ def test_the_benchmark_times_the_steps_of_bld_and_of_the_naive_loop(tmp_path, mo
     assert figures["memory"]["peak_gib"] is figures["memory"]["peak_over_plan"] is None  # nobody counts on a CPU; NaN is no JSON
 
 
-@pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 3, 8, 6)])
+@pytest.mark.parametrize(("settled", "layer", "killed_at", "saved_at"), [(None, 1, 5, 3), (0.0, 1, 5, 3)])
 def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path, monkeypatch, settled, layer, killed_at, saved_at):
     settings = replace(SETTINGS, save_every_steps=3, eval_every_steps=1, settled=settled)
     jobs = bld.jobs(pico, [{FFN: [Variant("w", 80), Variant("w", 48)]}] * 4, settings, 0, corpus)
@@ -264,8 +246,9 @@ def test_a_window_in_training_goes_on_where_it_was_killed(pico, corpus, tmp_path
     taken.clear()
     monkeypatch.setattr(windows.Window, "step", lambda self, hidden: (taken.append(self.layers.start), step(self, hidden))[1])
     resumed, made = bld.train_library(pico, jobs, corpus, settings, 0, tmp_path / "blocks")
-    assert made == 2 * (4 - layer) and taken.count(layer) == 8 - saved_at
-    assert settled is None or saved_at * 256 in set(whole[whole.outcome == "settled"].num_tokens), "none had settled when it was killed"
+    steps = whole.query("layer == @layer").num_tokens / 256
+    assert made == 2 * (4 - layer) and taken.count(layer) == steps.max() - saved_at
+    assert settled is None or steps.min() <= saved_at, "none had settled when it was killed"
     pd.testing.assert_frame_equal(resumed, whole)
     for name in whole.path:
         assert (tmp_path / "blocks" / name).read_bytes() == (tmp_path / "whole" / "blocks" / name).read_bytes()
@@ -307,7 +290,7 @@ def test_a_model_has_lost_nothing_against_itself_and_logits_are_made_a_few_token
 
     monkeypatch.setattr(pico.model.lm_head, "forward", lm_head)
     monkeypatch.setattr(quality, "TOKENS_AT_ONCE", 48)
-    rows = evaluation.compare(pico.model, pico.model, corpus.batches("validation", 512, 64, 4, seed="evaluation"))
+    rows = evaluation.compare(pico.model, pico.model, corpus.batches("test", 512, 64, 4, seed="evaluation"))
     assert rows["child"] == rows["parent"] and rows["child"]["kl"] == 0 and set(made) == {48, 16}
 
 
@@ -317,8 +300,8 @@ def test_quality_is_measured_on_each_domain_of_the_corpus(pico, tmp_path):
     child = make_child(pico, architecture(*["kv1 w80"] * 4), variants(pico, tmp_path))
     rows = evaluation.by_domain(pico.model, child, known, settings)["child"]
     assert {name.split("_", 1)[1] for name in rows if name.startswith("kl_")} == {"django", "postgres", "python", "rustbooks", "wikilead"}
-    own = [d.text for d in known.splits["validation"] if d.domain == "django"]
-    ids = known.sequences("validation", 128, 64, "evaluation", domain="django")
+    own = [d.text for d in known.splits["test"] if d.domain == "django"]
+    ids = known.sequences("test", 128, 64, "evaluation", domain="django")
     assert pico.tokenizer.decode(ids[0])[:40] in " ".join(own)
     assert rows["kl_django"] == evaluation.compare(pico.model, child, [ids])["child"]["kl"]
     assert evaluation.by_domain(pico.model, child, Corpus(pico.tokenizer, EXCERPT), settings)["child"] == {}
@@ -387,7 +370,7 @@ def test_joint_blocks_are_scored_searched_and_assembled(pico, corpus, coupled):
     assert sum(p.numel() for p in child.parameters()) == solution.totals["num_params"] <= 0.5 * solution.parent_totals["num_params"]
     one = Architecture(((PARENT, PARENT), (Variant("kv", 1), Variant("w", 80))) + ((PARENT, PARENT),) * 2, joint=(1,))
     child = make_child(pico, one, weights_of)
-    batches = corpus.batches("validation", SCORE.num_tokens, SCORE.seq_len, SCORE.batch_size, seed="score")
+    batches = corpus.batches("development", SCORE.num_tokens, SCORE.seq_len, SCORE.batch_size, seed="score")
     score = scores.query("layer == 1 and variant == 'kv1+w80' and metric == 'kl'").value.item()
     assert evaluation.compare(pico.model, child, batches)["child"]["kl"] == pytest.approx(score, rel=1e-4)
     (joint_kl,) = realised.joint_kl(pico, [one], weights_of, batches, realised.Settings(SCORE.num_tokens, SCORE.seq_len, SCORE.batch_size))

@@ -54,7 +54,7 @@ def test_bad_corpora_say_what_is_wrong(pico, tmp_path):
     }
     for name, words in cases.items():
         with pytest.raises((ValueError, FileNotFoundError)) as raised:
-            preset = {"source": "files", "path": str(tmp_path / name), "validation_fraction": 0.5}
+            preset = {"source": "files", "path": str(tmp_path / name), "development_fraction": 0.3, "test_fraction": 0.3}
             Corpus(pico.tokenizer, preset).sequences("train", 10**4, 64, seed="")
         assert all(word in str(raised.value) for word in words), raised.value
 

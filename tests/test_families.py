@@ -407,7 +407,7 @@ def test_bld_refits_trains_and_scoring_scores_every_operator(name, tmp_path):
     empty = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
     scores, _ = scoring.score_library(parent, table, blocks, corpus, settings, empty, lambda rows: None)
     scores = tables.check("scores", scores).set_index(["subblock", "variant", "metric"]).value
-    ids = torch.as_tensor(corpus.batches("validation", 64, 32, 2, seed="score")[0])
+    ids = torch.as_tensor(corpus.batches("development", 64, 32, 2, seed="score")[0])
     for subblock, variant in ((ATTENTION, Variant("kv", 1)), (FFN, LINEAR)):
         pair = (variant, PARENT) if subblock == ATTENTION else (PARENT, variant)
         child = make_child(parent, Architecture(((PARENT, PARENT),) * last_layer + (pair,)), tables.variant_files(table, blocks))

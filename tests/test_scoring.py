@@ -25,7 +25,7 @@ from puzzle_core.scoring import Settings, score_library
 from puzzle_core.spec import Variant
 from puzzle_core.trace import head, head_of, last_hidden, layer_inputs, run_layers, start_at
 
-EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "text_column": "text", "validation_fraction": 0.1}
+EXCERPT = {"source": "files", "path": str(ROOT / "data/corpus/excerpt.parquet"), "development_fraction": 0.1, "test_fraction": 0.1}
 NO_ROWS = pd.DataFrame(columns=list(tables.SCHEMAS["scores"].columns))
 KEY = ["layer", "subblock", "variant", "metric"]
 QUESTIONS = {"sample": {"path": str(ROOT / "data/questions/sample.jsonl"), "num_questions": 12, "length_normalised": True}}
@@ -80,7 +80,7 @@ def test_a_score_is_what_the_child_with_that_one_replacement_loses(pico, library
     child = child_with(pico, library[1], *replaced)
     subblock, variant = ("ffn", ffn) if attention == "parent" else ("attention", attention)
     got = scored.query("layer == @layer and subblock == @subblock and variant == @variant").set_index("metric").value
-    ids = torch.as_tensor(np.concatenate(corpus.batches("validation", 512, 64, 4, seed="score")))
+    ids = torch.as_tensor(np.concatenate(corpus.batches("development", 512, 64, 4, seed="score")))
     on_train = torch.as_tensor(np.concatenate(corpus.batches("train", 512, 64, 4, seed="score-train")))
 
     def loss(model, ids):
