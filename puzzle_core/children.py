@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_core import modeling_puzzle
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family
 from puzzle_core.files import atomic
-from puzzle_core.parents import Parent, damage_named
+from puzzle_core.parents import Parent, load_whole
 from puzzle_core.spec import BLOCK, NO_OP, PARENT, Architecture, Joint, Variant, halves
 from puzzle_core.subblocks import build_subblock, changes, load_weights, puzzle_section, randomised, unset_weights
 
@@ -91,8 +91,7 @@ def save_child(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 def load_child(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`")
-    with damage_named(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True).eval().to(device)
+    return load_whole(path, dtype=dtype, trust_remote_code=True).eval().to(device)
 
 
 _RELOAD = """

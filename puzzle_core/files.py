@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +84,52 @@ def _whole_numbers(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_whole_numbers(one) for one in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def cache_folder() -> Path:
+    """The user's cache, which all runs on this machine share."""
+    return Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle"))
+
+
+_GRAIN_NS = 2_000_000_000  # a file that has just been written can be written again without its times telling
+
+
+def _state(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, which are read again only if the file has been written since: the user's cache keeps it.
+
+    The change time, which no program can set, is part of what tells.
+    """
+    file = file.resolve()
+    folder, name = cache_folder() / "digests", fingerprint(str(file))
+    if found := _kept(folder / f"{name}.json", file):
+        return found
+    if time.time_ns() - max(_state(file)[3:]) < _GRAIN_NS:
+        return _sha256(file)
+    with lock(folder, name, wait=True):  # of several stages one reads it
+        found = _kept(folder / f"{name}.json", file)
+        if found is None:
+            state = _state(file)
+            found = _sha256(file)
+            write_json(folder / f"{name}.json", {"file": str(file), "state": state, "sha256": found})
+    return found
+
+
+def _kept(entry: Path, file: Path) -> str | None:
+    if not entry.exists():
+        return None
+    content = read_json(entry)
+    return content["sha256"] if content["state"] == _state(file) else None
+
+
+def _sha256(file: Path) -> str:
+    before = _state(file)
+    with open(file, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if _state(file) != before:
+        raise UserError(f"{file} was written to while it was read: start again when it is whole")
+    return found

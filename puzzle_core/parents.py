@@ -1,16 +1,16 @@
 """Parents in: load a causal LM from the hub, a folder, a GGUF file or from nothing, with what its family needs."""
 import contextlib
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,14 +25,15 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from puzzle_core import import_gguf
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_for, family_of
-from puzzle_core.files import atomic, fingerprint, lock, read_json, write_json
+from puzzle_core.files import atomic, cache_folder, digest, fingerprint, lock, read_json, write_json
 from puzzle_core.modeling_puzzle import get_subblock
 from puzzle_core.shards import Shards, layers_that_fit, load_shards
 from puzzle_core.tokens_gguf import split_as_in
 
-DEQUANTISATION = 2  # raised when what is made of a GGUF file changes: the caches of before are not read
+DEQUANTISATION = 3  # raised when what is made of a GGUF file changes: the caches of before are not read
 
 # Else transformers answers a hub checkpoint without safetensors by asking a service to open a pull request there,
 # and loads from that instead of the revision that was asked for.
@@ -106,26 +106,37 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def _sampled_hash(directory: Path) -> str:
-    """Hash of a checkpoint folder: names, sizes, and 64 KiB out of every 4 MiB of its files, which no retraining leaves alone."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as handle:
-            for start in range(0, file.stat().st_size, 4 << 20):
-                handle.seek(start)
-                digest.update(handle.read(64 << 10))
-    return digest.hexdigest()[:16]
+# Files beside a checkpoint that no output depends on: texts and pictures for people, weights in forms that are never read
+# (pickles, other frameworks'), an optimizer's state. All others count, whatever their name: config, safetensors, tokenizer, code.
+_TOLD = (".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".lock")
+_NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".gguf")
+_NAMED = ("LICENSE", "NOTICE", "trainer_state.json")
+_BELOW = (".py", ".jinja")  # what is read from folders within: code, chat templates
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Sixteen hex digits of names and bytes of all files in `folder` that make a model and its tokenizer what they are.
+
+    Where it lies does not count, so a copy has the same. Files are read in parallel, and only if `files.digest` has not seen them.
+    """
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+        ignored = name.suffix.lower() in _TOLD + _NEVER_READ or name.name.startswith(_NAMED)
+        if not hidden and not ignored and (len(name.parts) == 1 or name.suffix in _BELOW) and file.is_file():
+            files[name.as_posix()] = file
+    with ThreadPoolExecutor() as threads:
+        return fingerprint(dict(zip(files, threads.map(digest, files.values()), strict=True)))
 
 
 def _dequantised(file: Path, sha256: str | None) -> Path:
     """A folder with the GGUF's weights in float32, made once per content and kept in the user's cache."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    if sha256 and digest != sha256:
-        raise UserError(f"{file}: sha256 is {digest}, expected {sha256}. The file is damaged or another one: fetch it again.")
-    name = fingerprint(digest, DEQUANTISATION)
-    cache = Path(os.environ.get("PUZZLE_CACHE", Path.home() / ".cache" / "puzzle")) / "parents" / name
+    found = digest(file)
+    if sha256 and found != sha256:
+        raise UserError(f"{file}: sha256 is {found}, expected {sha256}. The file is damaged or another one: fetch it again.")
+    name = fingerprint(found, DEQUANTISATION)
+    cache = cache_folder() / "parents" / name
     with lock(cache.parent, name, wait=True):  # several stages may want it at once
         if not cache.is_dir():
             _dequantise(file, cache)
@@ -133,10 +144,9 @@ def _dequantised(file: Path, sha256: str | None) -> Path:
 
 
 def _dequantise(file: Path, cache: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = import_gguf.model_of(file)
+    with faults_named(file, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     with atomic(cache) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -161,11 +171,41 @@ def _random_model(config: dict, seed: int, dtype: torch.dtype) -> PreTrainedMode
 
 
 @contextlib.contextmanager
-def damage_named(place: object) -> Iterator[None]:
+def faults_named(place: object, what: str) -> Iterator[None]:
+    """What transformers, safetensors and tokenizers say of damaged files, as an error of the user's; only their calls stand inside."""
     try:
         yield
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{place} holds a damaged safetensors file ({error}): fetch or make it again") from error
+    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # the files are not to blame, or it has been said
+    except Exception as error:  # tokenizers and huggingface_hub have nothing more special
+        damaged = "a damaged safetensors file" if isinstance(error, SafetensorError) else f"no {what} that can be read"
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{place} holds {damaged} ({type(error).__name__}: {text}): fetch or make it again") from error
+
+
+def load_whole(place: str | Path, **how: object) -> PreTrainedModel:
+    """AutoModelForCausalLM.from_pretrained, of safetensors with all the tensors of the model and no others; else UserError.
+
+    transformers would give a tensor that is missing new random values at every load.
+    """
+    with faults_named(place, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    misshapen = {name: f"{name} {tuple(found)}, not {tuple(expected)}" for name, found, expected in info["mismatched_keys"]}
+    heads = model.get_input_embeddings(), model.get_output_embeddings()
+    untied = getattr(model.config, "tie_word_embeddings", False) and heads[1] is not None and heads[0].weight is not heads[1].weight
+    faults = {
+        "lacks": sorted(info["missing_keys"] - misshapen.keys()),
+        "has, beside what its config describes,": sorted(info["unexpected_keys"]),
+        "has in another shape than its config says": sorted(misshapen.values()),
+        "has output embeddings of their own, while its config says": ["tie_word_embeddings: true"] if untied else [],
+    }
+    import_gguf.refuse_tensors(place, faults, _MEND)
+    return model
+
+
+_MEND = "Each stage would work with another model. Fetch or make the checkpoint again, or mend its config.json."
 
 
 def _no_safetensors(place: str | Path, revision: str | None) -> UserError:
@@ -192,17 +232,43 @@ def _pickles_refused(place: str | Path, revision: str | None) -> Iterator[None]:
         raise
 
 
-def _family(place: str | Path, revision: str | None, trust_remote_code: bool) -> Family:
-    """What the checkpoint's config.json says, before any weight is loaded and any code of the checkpoint's own."""
-    config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
-    model_type = config.get("model_type", "")
+# Keys by which configs say that layers differ in kind or size; transformers' own classes of the families here ignore them.
+_LAYERS_DIFFER = ("block_configs", "layers_block_type", "hybrid_override_pattern", "ffn_multipliers", "qkv_multipliers")
+
+
+def _config(place: str | Path, revision: str | None) -> dict:
+    """The checkpoint's config.json; UserError that names what is no parent, before any weight is loaded."""
+    with faults_named(place, "config.json"):
+        config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+        if not isinstance(config, dict):
+            raise UserError(f"{place}: config.json is not an object. Fetch or make the checkpoint again.")
     if config.get("per_layer_config"):
         raise UserError(f"{place} is a child already: its layers differ (per_layer_config). Use a parent whose layers are alike.")
+    differ = [key for key in _LAYERS_DIFFER if config.get(key)]
+    differ += [key for key, value in config.items() if isinstance(value, list) and _is_size(key) and key not in differ]
+    if differ:
+        raise UserError(f"{place}: its layers differ ({', '.join(differ)} in config.json). Use a parent whose layers are alike.")
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(place, "adapter_config.json", revision=revision, **quiet):
+        raise UserError(f"{place} is an adapter, whose base model lies elsewhere. Merge it: peft's merge_and_unload, then save_pretrained.")
+    return config
+
+
+def _is_size(key: str) -> bool:
+    return any(word in key for word in ("num_", "n_head", "_heads", "_size", "_dim", "n_inner"))
+
+
+def _family(place: str | Path, config: dict, trust_remote_code: bool) -> Family:
+    """What config.json says, before any code of the checkpoint's own runs."""
+    model_type = config.get("model_type", "")
     if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise UserError(
             f"{place} brings its own code for model type '{model_type}', which transformers does not know. "
             "Read that code; if you trust it, set `trust_remote_code: true` in the parent's preset in conf/parent/."
         )
+    elsewhere = [name for name in map(str, (config.get("auto_map") or {}).values()) if "--" in name and name.split("--")[0] != str(place)]
+    if elsewhere and trust_remote_code:
+        raise UserError(f"{place}: its code is that of another repository, {elsewhere[0]}, and can change. Put it beside the weights.")
     return family_of(model_type)
 
 
@@ -235,8 +301,9 @@ def load_parent(
     `source` is hub (`id`, `revision`), directory (`path`), gguf (`path`, or `path` inside an installed `package`;
     dequantised) or random (`config` of a transformers model, `seed`; byte tokenizer). Only safetensors are read.
     Weights that need more than `memory_gib` stay on disk layer by layer, if the caller can work with that (`in_parts`).
-    A `skeleton` has no weights, whatever the device: it is for planning, and reads no more than the config.
-    Raises ValueError for an unknown family or a budget that is too small, FileNotFoundError where the weights are not.
+    A `skeleton` has no weights, whatever the device, and nothing of them in its identity: it is for planning, and reads only the config.
+    Raises UserError for an unknown family, for tensors that are not the model's and for a budget that is too small,
+    FileNotFoundError where the weights are not.
     """
     device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -252,22 +319,25 @@ def load_parent(
             model = _random_model(config, seed, torch_dtype).to(device)
         tokenizer = _byte_tokenizer()
     else:
-        place, content, name, text = _located(source, path, package, sha256, id, revision)
+        place, content, name, text = _located(source, path, package, sha256, id, revision, skeleton)
         more = {"revision": revision if source == "hub" else None, "trust_remote_code": trust_remote_code}
-        family = _family(place, **more)
+        family = _family(place, _config(place, more["revision"]), trust_remote_code)
+        with faults_named(place, "config.json"):
+            its_config = AutoConfig.from_pretrained(place, **more)
         if skeleton:
-            model, shards = _skeleton(AutoConfig.from_pretrained(place, **more), torch_dtype, family, memory_gib, trust_remote_code)
+            model, shards = _skeleton(its_config, torch_dtype, family, memory_gib, trust_remote_code)
         else:
-            with damage_named(place), _pickles_refused(place, more["revision"]):
-                model, shards = _read_model(place, torch_dtype, device, family, memory_gib, in_parts, more)
-        tokenizer = AutoTokenizer.from_pretrained(place, **more)
+            with _pickles_refused(place, more["revision"]):
+                model, shards = _read_model(place, its_config, torch_dtype, device, family, memory_gib, in_parts, more)
+        with faults_named(place, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(place, **more)
         origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
-    identity = fingerprint(source, dtype, path, package, id, revision, config, seed, content)
+    identity = fingerprint(source, dtype, trust_remote_code, id, config, seed, content)  # where it lies is no part of it
     return Parent(model.eval().requires_grad_(False), tokenizer, family_for(model.config), identity, origin, shards)
 
 
 def _located(
-    source: str, path: str | None, package: str | None, sha256: str | None, id: str | None, revision: str | None
+    source: str, path: str | None, package: str | None, sha256: str | None, id: str | None, revision: str | None, skeleton: bool
 ) -> tuple[str | Path, str, str, str]:
     """Where transformers finds the parent, what tells its content apart from another's, its name and where it came from."""
     if source == "hub":
@@ -279,7 +349,7 @@ def _located(
     if not file.exists():
         raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")
     if source == "directory":
-        return file, _sampled_hash(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
+        return file, "" if skeleton else checkpoint_digest(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
     place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
     return place, place.name, file.name, f"`{file.name}`{where}, *dequantised from GGUF*: not the original checkpoint"
 
@@ -296,16 +366,24 @@ def _skeleton(
 
 
 def _read_model(
-    place: str | Path, dtype: torch.dtype, device: torch.device, family: Family, memory_gib: float | None, in_parts: bool, more: dict
+    place: str | Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    family: Family,
+    memory_gib: float | None,
+    in_parts: bool,
+    more: dict,
 ) -> tuple[PreTrainedModel, Shards | None]:
     """The model on `device`, and where to read its layers if it is not whole."""
-    load = partial(AutoModelForCausalLM.from_pretrained, place, dtype=dtype, use_safetensors=True, **more)
+    load = partial(load_whole, place, dtype=dtype, **more)
     if memory_gib is None:
         return load().to(device), None
-    config = AutoConfig.from_pretrained(place, **more)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=more["trust_remote_code"])
     max_layers = layers_that_fit(skeleton, family.layers, memory_gib, in_parts)
     if max_layers is None:
         return load().to(device), None
-    return load_shards(load, skeleton, family.layers, max_layers, device)
+    model, shards = load_shards(load, skeleton, family.layers, max_layers, device)
+    import_gguf.refuse_tensors(place, {"has in another shape than its config says": shards.misshapen()}, _MEND)
+    return model, shards

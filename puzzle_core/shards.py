@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,6 +59,16 @@ class Shards:
     device: torch.device
     converted: tempfile.TemporaryDirectory | None = None  # what transformers had to convert first; it is there as long as this is
 
+    def misshapen(self) -> list[str]:
+        """Tensors of the layers whose shape on disk is not the model's; transformers compares those that it loads itself."""
+        index, faults = self.tensors.index, []
+        for layer, module in enumerate(self.layers):
+            for name, parameter in module.named_parameters():
+                full_name = f"{self.name}.{layer}.{name}"
+                if (found := _shape(index[full_name])) != list(parameter.shape):
+                    faults.append(f"{full_name} {tuple(found)}, not {tuple(parameter.shape)}")
+        return faults
+
     @contextlib.contextmanager
     def present(self, *layers: int) -> Iterator[None]:
         """While open, the weights of these layers are in memory."""
@@ -97,6 +108,14 @@ def load_shards(
         layer.register_forward_pre_hook(partial(_fetch, shards, index, stack))
         layer.register_forward_hook(lambda *_, stack=stack: stack.close(), always_call=True)
     return model, shards
+
+
+def _shape(entry: dict) -> list[int]:
+    """Of a tensor on disk, by accelerate's note of where it lies: in the checkpoint, or in a file of what had to be converted."""
+    if "safetensors_file" not in entry:
+        return list(entry["shape"])
+    with safe_open(entry["safetensors_file"], "pt") as file:
+        return file.get_slice(entry["weight_name"]).get_shape()
 
 
 def _fetch(shards: Shards, index: int, stack: contextlib.ExitStack, layer: nn.Module, *_: object) -> None:

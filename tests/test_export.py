@@ -1,7 +1,9 @@
 """What serving engines get: llama.cpp computes what the checkpoint computes, nemotron-nas reads back, refusals come by name."""
 import json
+import shutil
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import xllamacpp
@@ -11,8 +13,9 @@ from test_search import SCENARIO, make_tables
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from puzzle_core import export_gguf, modeling_puzzle, nemotron, tables
+from puzzle_core import export_gguf, import_gguf, modeling_puzzle, nemotron, tables
 from puzzle_core.children import make_child, save_child
+from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.parents import load_parent
 from puzzle_core.search import Settings, constraints_from, posed, solve
@@ -224,6 +227,202 @@ def test_a_gguf_parent_whose_splitting_nobody_knows_is_refused(tmp_path, monkeyp
     with pytest.raises(ValueError, match="splits text as llama.cpp's 'poro-chat' does, which is not known here; known: gpt-2, smollm"):
         load_parent("gguf", path=str(tmp_path / "model.gguf"))
     assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+# ------------------------------------------------------------------------------------------ GGUF files as parents
+
+
+READ_BACK = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama untied, with small heads": {"tie_word_embeddings": False, "head_dim": 16},
+    "llama without key-value heads of their own": {"num_key_value_heads": 4},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 with small heads": {"model_type": "qwen2", "head_dim": 16},
+    "qwen3": {"model_type": "qwen3", "use_sliding_window": False, "head_dim": 24},
+    "qwen3 with biases": {"model_type": "qwen3", "use_sliding_window": False, "attention_bias": True},
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}
+ROPES = {"default rope": {"rope_type": "default", "rope_theta": 5e5}, "linear rope": LINEAR_ROPE, "Llama 3's rope": LLAMA3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bpe()
+
+
+@torch.no_grad()
+def assert_same_model(found, expected) -> None:
+    """The same weights, and the same logits at every position."""
+    ids = torch.randint(0, 300, (2, 200), generator=torch.Generator().manual_seed(0))
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", READ_BACK)
+def test_an_export_reads_back_as_the_same_parent(name, rope, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    model, export = saved(tmp_path, (P,) * 4, tokenizer, **READ_BACK[name], rope_parameters=ROPES[rope])
+    export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    parent = load_parent("gguf", path=str(tmp_path / "model.gguf"))
+    assert_same_model(parent.model, model)
+    assert parent.model.config.rope_parameters == pytest.approx(ROPES[rope])
+
+
+def test_a_child_whose_layers_differ_is_no_parent_as_gguf_either(tokenizer, tmp_path):
+    _, export = saved(tmp_path, MIXED, tokenizer)
+    export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    with pytest.raises(UserError, match="is a child already: its layers differ .architecture deci."):
+        load_parent("gguf", path=str(tmp_path / "model.gguf"))
+
+
+@pytest.fixture(scope="module")
+def exports(tokenizer, tmp_path_factory):
+    """A model of each family that GGUF tells apart, and its file."""
+    found = {}
+    for model_type in import_gguf.ROTATES_PAIRS:
+        folder = tmp_path_factory.mktemp(model_type)
+        more = {} if model_type == "llama" else {"use_sliding_window": False}
+        model, export = saved(folder, (P,) * 4, tokenizer, model_type=model_type, num_key_value_heads=4, **more)
+        export_gguf.write(export, folder / "model.gguf", "float32")
+        found[model_type] = model, folder / "model.gguf"
+    return found
+
+
+def edited(source, path, keys=None, tensors=None):
+    """A copy of a GGUF file with other metadata (None: without the key) and other tensors (None: without)."""
+    reader, keys, tensors = gguf.GGUFReader(source), dict(keys or {}), dict(tensors or {})
+    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", reader.fields["general.architecture"].contents()))
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture" and name not in keys:
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for name, value in keys.items():
+        if value is not None:
+            add[type(value)](name, value)
+    for name, values in {**{tensor.name: tensor.data for tensor in reader.tensors}, **tensors}.items():
+        if values is not None:
+            writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    return path
+
+
+FFN = {f"blk.2.ffn_{part}.weight": None for part in ("gate", "up", "down")}
+NOT_READ = {
+    "yarn": ("llama", {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, {}, "llama.rope.scaling.type is yarn"),
+    "longrope": ("llama", {}, {"rope_factors_long.weight": [2.0] * 16}, "has, beside .* rope_factors_long.weight"),
+    "a window of some layers": ("qwen2", {"qwen2.attention.sliding_window": 16}, {}, "sliding_window is 16, but not which of its layers"),
+    "a pattern of windows": ("llama", {"llama.attention.sliding_window_pattern": 2}, {}, "sliding_window_pattern = 2: nothing"),
+    "experts": ("llama", {"llama.expert_count": 8}, {}, "llama.expert_count is 8, read is only 0"),
+    "capped logits": ("llama", {"llama.final_logit_softcapping": 30.0}, {}, "llama.final_logit_softcapping = 30.0: nothing here"),
+    "scaled logits": ("qwen2", {"qwen2.logit_scale": 0.5}, {}, "qwen2.logit_scale = 0.5"),
+    "scaled attention": ("qwen3", {"qwen3.attention.scale": 0.5}, {}, "qwen3.attention.scale = 0.5"),
+    "scaled rotary attention": ("llama", {"llama.rope.scaling.attn_factor": 1.2}, {}, "llama.rope.scaling.attn_factor = 1.2"),
+    "part of a head rotated": ("llama", {"llama.rope.dimension_count": 16}, {}, "llama.rope.dimension_count is 16, read is only 32"),
+    "values of another length": ("qwen3", {"qwen3.attention.value_length": 16}, {}, "value_length is 16, read is only 32"),
+    "heads that differ": ("llama", {"llama.attention.head_count_kv": [4, 4, 2, 4]}, {}, "its layers differ .*head_count_kv is 4, 4, 2, 4"),
+    "widths that differ": ("llama", {"llama.feed_forward_length": [160, 80, 160, 160]}, {}, "its layers differ .*feed_forward_length"),
+    "a separator added": ("llama", {"tokenizer.ggml.add_sep_token": True}, {}, "tokenizer.ggml.add_sep_token = True: nothing"),
+    "an adapter": ("llama", {"general.type": "adapter"}, {}, "general.type is adapter, read is only model"),
+    "a part": ("llama", {"split.count": 2}, {}, "split.count is 2.*--merge"),
+    "another architecture": ("llama", {"general.architecture": "gemma2"}, {}, "architecture 'gemma2'; read are llama, qwen2, qwen3"),
+    "fewer layers": ("llama", {"llama.block_count": 3}, {}, "has, beside .* blk.3.attn_norm.weight.* and 5 more"),
+    "more layers": ("llama", {"llama.block_count": 5}, {}, "lacks blk.4"),
+    "no count of layers": ("llama", {"llama.block_count": None}, {}, "has no llama.block_count"),
+    "no FFN": ("llama", {}, FFN, "lacks blk.2.ffn_gate.weight, blk.2.ffn_up.weight, blk.2.ffn_down.weight"),
+    "sinks": ("llama", {}, {"blk.0.attn_sinks.weight": [1.0] * 4}, "has, beside .* blk.0.attn_sinks.weight"),
+    "some biases": ("llama", {}, {"blk.1.attn_q.bias": [1.0] * 128}, "has, beside .* blk.1.attn_q.bias"),
+    "another vocabulary": ("llama", {"llama.vocab_size": 300}, {}, "vocab_size is 300, and tokenizer.ggml.tokens has 320 tokens"),
+    "another width": ("llama", {"llama.feed_forward_length": 168}, {}, r"blk.0.ffn_gate.weight .160, 64., not .168, 64."),
+    "factors of no rule": ("llama", {}, {"rope_freqs.weight": [1.0, 3.0, 2.0] + [8.0] * 13}, "_freqs.weight is 1.0, 3.0, 2.0.*not Llama"),
+    "factors below one": ("llama", {}, {"rope_freqs.weight": [1.0] * 15 + [0.5]}, "rope_freqs.weight is 1.0.*not Llama 3's"),
+    "too few factors": ("llama", {}, {"rope_freqs.weight": [1.0] * 8}, "rope_freqs.weight has 8 factors, expected 16"),
+    "two scalings": ("llama", {"llama.rope.scaling.factor": 2.0}, {"rope_freqs.weight": [1.0] * 15 + [8.0]}, "rope_freqs.weight beside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_a_gguf_file_says_and_nothing_here_computes_is_refused_by_name(name, exports, tmp_path):
+    family, keys, tensors, words = NOT_READ[name]
+    with pytest.raises(UserError, match=words) as refused:
+        import_gguf.model_of(edited(exports[family][1], tmp_path / "model.gguf", keys, tensors))
+    assert str(refused.value).startswith(str(tmp_path / "model.gguf"))
+
+
+NEUTRAL = {
+    "provenance": {"quantize.imatrix.file": "x", "general.tags": ["a"], "tokenizer.ggml.eot_token_id": 0},
+    "counts of zero": {"llama.expert_count": 0, "llama.expert_used_count": 0, "split.count": 1, "split.no": 0},
+    "llama.cpp's defaults": {
+        f"llama.{key}": None for key in ("attention.head_count_kv", "attention.key_length", "attention.value_length",
+                                         "rope.dimension_count", "rope.freq_base", "vocab_size")
+    },
+    "a name that transformers makes Mistral of": {"general.name": "mistral"},
+    "no scaling": {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_metadata_that_changes_nothing_is_no_reason(name, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    more = {"head_dim": 16, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    model, export = saved(tmp_path, (P,) * 4, tokenizer, **more)
+    export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    edited(tmp_path / "model.gguf", tmp_path / "edited.gguf", NEUTRAL[name])
+    assert_same_model(load_parent("gguf", path=str(tmp_path / "edited.gguf")).model, model)
+
+
+def test_a_window_of_all_layers_is_mistrals(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    model, export = saved(tmp_path, (P,) * 4, tokenizer, model_type="mistral", sliding_window=None)
+    export_gguf.write(export, tmp_path / "model.gguf", "float32")
+    parent = load_parent("gguf", path=str(edited(tmp_path / "model.gguf", tmp_path / "w.gguf", {"llama.attention.sliding_window": 16})))
+    model.config.sliding_window = 16
+    assert parent.model.config.model_type == "mistral"
+    assert_same_model(parent.model, model)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+@torch.no_grad()
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(key, exports, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    parent = load_parent("gguf", path=str(edited(exports["llama"][1], tmp_path / "model.gguf", {key: 4.0})))
+    assert parent.model.config.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert_agrees(parent.model, tmp_path / "model.gguf", tolerance=2e-4, num_tokens=1)
+
+
+PUBLISHED = {"Llama 3.1": (8.0, 128), "Llama 3.2": (32.0, 64)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_llama_3s_published_parameters_come_back_from_their_factors(name):
+    factor, head_dim = PUBLISHED[name]
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    assert next(iter(import_gguf.llama3_parameters(import_gguf.llama3_factors(rope, head_dim), 5e5, 8192))) == rope
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 128])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (2.0, 3.0), (0.5, 6.6)])
+@pytest.mark.parametrize("original", [64, 5000])
+def test_factors_of_any_parameters_are_reproduced(head_dim, low, high, original):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": original}  # fmt: skip
+    factors = import_gguf.llama3_factors(rope, head_dim)
+    found = [import_gguf.llama3_factors(one, head_dim) for one in import_gguf.llama3_parameters(factors, 1e4, 8192)]
+    assert any(torch.allclose(one, factors, rtol=1e-5, atol=0) for one in found)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 5000, -4000])
+def test_a_gguf_file_that_is_cut_off_is_named(size, exports, tmp_path):
+    shutil.copy(exports["llama"][1], tmp_path / "cut.gguf")
+    with open(tmp_path / "cut.gguf", "r+b") as file:
+        file.truncate(size if size >= 0 else (tmp_path / "cut.gguf").stat().st_size + size)
+    with pytest.raises(UserError, match="cut.gguf is no whole GGUF file .*fetch it again"):
+        import_gguf.model_of(tmp_path / "cut.gguf")
 
 
 def refused(exporter, layers, changes: dict, words: tuple[str, ...], tmp_path) -> None:

@@ -1,24 +1,31 @@
 """Parents in: hub, folder, GGUF; safetensors only; and a parent larger than its memory budget, layer by layer from disk."""
 import functools
 import json
+import os
 import re
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
-from conftest import EXCERPT, PICO, pico_parent
+from conftest import EXCERPT, PICO, architecture, pico_parent, variants
+from safetensors.torch import load_file, save_file
 from test_config import composed
 
 import stages.bld
 import stages.profile_hardware
 import stages.score
-from puzzle_core import bld, scoring
+from puzzle_core import bld, files, scoring
+from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import UserError
 from puzzle_core.families import FAMILIES
-from puzzle_core.parents import Parent, load_parent
+from puzzle_core.parents import Parent, checkpoint_digest, load_parent
 from puzzle_core.plan import CUBLAS_BYTES, plan
 from puzzle_core.spec import Variant
 from puzzle_core.trace import ParentRun, layer_inputs
@@ -105,6 +112,215 @@ def test_a_child_is_not_a_parent(pico, tmp_path):
 def test_dtype_is_a_parameter(folder, dtype):
     parent = load_parent("directory", path=str(folder), dtype=dtype)
     assert {str(p.dtype) for p in parent.model.parameters()} == {f"torch.{dtype}"}
+
+
+def saved(folder, parent: Parent):
+    """The parent as a checkpoint of one safetensors file."""
+    parent.model.save_pretrained(folder)
+    parent.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def flip_last_bit(file, *tensors: str) -> list[str]:
+    """Change one bit of each of these tensors where it lies; all their names."""
+    with open(file, "r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        for name in tensors:
+            handle.seek(8 + size + header[name]["data_offsets"][1] - 1)
+            byte = handle.read(1)[0]
+            handle.seek(-1, os.SEEK_CUR)
+            handle.write(bytes([byte ^ 1]))
+    return [name for name in header if name != "__metadata__"]
+
+
+@pytest.mark.parametrize("hidden", [64, 256], ids=["pico", "18 MiB"])
+def test_one_bit_of_any_tensor_makes_another_parent(hidden, tmp_path):
+    saved(tmp_path, pico_parent(hidden_size=hidden, intermediate_size=2 * hidden + 128, vocab_size=32 * hidden))
+    weights = tmp_path / "model.safetensors"
+    names, seen = flip_last_bit(weights), {checkpoint_digest(tmp_path)}
+    for name in names:
+        flip_last_bit(weights, name)
+        seen.add(checkpoint_digest(tmp_path))
+    assert len(names) == 38 and len(seen) == 39
+
+
+COUNTS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
+          "qwen.tiktoken", "chat_template.jinja", "additional_chat_templates/tools.jinja", "generation_config.json", "modeling_mine.py",
+          "code/more.py", "config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "never heard of"]  # fmt: skip
+COUNTS_NOT = ["README.md", "LICENSE", ".git/HEAD", ".cache/huggingface/x.json", "pytorch_model.bin", "optimizer.pt", "trainer_state.json",
+              "checkpoint-5/model.safetensors", "model.Q4_1.gguf"]  # fmt: skip
+
+
+def test_every_file_that_determines_a_parent_counts_and_no_other(pico, tmp_path):
+    seen = {checkpoint_digest(saved(tmp_path, pico))}
+    for name in COUNTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((tmp_path / name).read_text() + " " if (tmp_path / name).exists() else "")
+        seen.add(checkpoint_digest(tmp_path))
+    assert len(seen) == len(COUNTS) + 1
+    for name in COUNTS_NOT:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x")
+        assert checkpoint_digest(tmp_path) in seen, name
+
+
+def test_a_parent_is_the_same_wherever_its_folder_lies_and_another_with_another_tokenizer(pico, tmp_path):
+    first = load_parent("directory", path=str(saved(tmp_path / "here", pico)))
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "copy")
+    assert load_parent("directory", path=str(tmp_path / "link")).identity == first.identity
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert load_parent("directory", path=str(tmp_path / "there")).identity == first.identity
+    edited = tmp_path / "copy" / "tokenizer.json"
+    edited.write_text(edited.read_text().replace('"<eos>"', '"<end>"'))
+    assert load_parent("directory", path=str(tmp_path / "copy")).identity != first.identity
+
+
+@pytest.fixture
+def reads(tmp_path, monkeypatch) -> list[str]:
+    """Names of the files whose bytes are hashed, with an empty cache and files taken as old enough to be kept there."""
+    seen, sha256 = [], files._sha256
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_GRAIN_NS", 0)
+    monkeypatch.setattr(files, "_sha256", lambda file: seen.append(file.name) or sha256(file))
+    return seen
+
+
+def test_bytes_are_read_once_and_again_only_where_a_file_was_written(pico, tmp_path, reads):
+    folder = saved(tmp_path / "pico", pico)
+    first = load_parent("directory", path=str(folder)).identity
+    assert sorted(reads) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    reads.clear()
+    assert load_parent("directory", path=str(folder)).identity == first and reads == []
+    weights, before = folder / "model.safetensors", (folder / "model.safetensors").stat()
+    flip_last_bit(weights, "model.norm.weight")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, time and inode: only the change time tells
+    assert load_parent("directory", path=str(folder)).identity != first and reads == ["model.safetensors"]
+
+
+def test_a_skeleton_reads_no_weights(pico, tmp_path, reads):
+    load_parent("directory", path=str(saved(tmp_path / "pico", pico)), skeleton=True)
+    assert reads == []
+
+
+def test_stages_that_start_together_read_a_file_once(tmp_path, reads):
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(files.digest, [tmp_path / "large"] * 8))) == 1
+    assert reads == ["large"]
+
+
+def test_a_file_just_written_is_not_trusted_to_its_times(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(files, "_GRAIN_NS", 10**12)
+    (tmp_path / "new").write_bytes(b"1")
+    assert files.digest(tmp_path / "new") == files.digest(tmp_path / "new") and reads == ["new", "new"]
+
+
+def test_a_file_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "growing").write_bytes(b"1")
+    state = files._state
+    monkeypatch.setattr(files, "_state", lambda file: [*state(file)[:-1], time.time_ns()])
+    with pytest.raises(UserError, match="growing was written to while it was read"):
+        files._sha256(tmp_path / "growing")
+
+
+# ---------------------------------------------------------------------------------- tensors that are not the model's
+
+
+def tensors_changed(folder, change: Callable[[dict], object]) -> None:
+    """Let `change` work on the tensors of the one safetensors file in `folder`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_changed(folder, **changes) -> None:
+    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **changes}))
+
+
+def without(part: str) -> Callable[[dict], None]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name]
+
+
+GAPS = {
+    "a missing FFN": (without("layers.2.mlp."), {}, r"lacks model.layers.2.mlp.down_proj.weight, .*gate_proj.weight, .*up_proj.weight\."),
+    "a missing embedding": (without("embed_tokens"), {}, "lacks lm_head.weight, model.embed_tokens.weight"),
+    "fewer layers than the config": (None, {"num_hidden_layers": 6}, r"lacks model.layers.4.input_layernorm.weight, .* and 14 more"),
+    "more layers than the config": (None, {"num_hidden_layers": 3}, "has, beside what its config describes, model.layers.3.input"),
+    "a tensor of nothing": (lambda t: t.update({"model.layers.0.self_attn.sinks": torch.ones(4)}), {}, "describes, .*0.self_attn.sinks"),
+    "another width": (None, {"intermediate_size": 168}, r"has in another shape .*0.mlp.down_proj.weight \(64, 160\), not \(64, 168\)"),
+    "untied all the same": (
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}), {}, "output embeddings of their own.*tie_word_emb",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_gib", [None, "some"], ids=["whole", "in parts"])
+@pytest.mark.parametrize("name", GAPS)
+def test_a_parent_whose_tensors_are_not_the_models_is_refused_by_name(name, memory_gib, pico, tmp_path):
+    change, config, words = GAPS[name]
+    saved(tmp_path, pico)
+    if change:
+        tensors_changed(tmp_path, change)
+    config_changed(tmp_path, **config)
+    more = {"memory_gib": budget(pico) / GIB, "in_parts": True} if memory_gib else {}
+    with pytest.raises(UserError, match=words) as refused:
+        load_parent("directory", path=str(tmp_path), **more)
+    assert str(refused.value).startswith(f"{tmp_path} ") and "make the checkpoint again, or mend its config.json" in str(refused.value)
+
+
+@torch.no_grad()
+def test_tied_weights_that_are_written_and_buffers_of_old_are_no_fault(pico, tmp_path):
+    saved(tmp_path, pico)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    tensors_changed(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone(), **more}))
+    assert torch.equal(load_parent("directory", path=str(tmp_path)).model(IDS).logits, pico.model(IDS).logits)
+
+
+def test_a_child_whose_tensors_are_not_the_models_is_refused_by_name(pico, tmp_path):
+    child = make_child(pico, architecture("parent parent", "no_op w80", "linear no_op", "parent parent"), variants(pico, tmp_path))
+    save_child(child, pico.tokenizer, tmp_path / "child")
+    load_child(tmp_path / "child", torch.float32, pico.device)
+    tensors_changed(tmp_path / "child", without("layers.1.mlp.up_proj"))
+    with pytest.raises(UserError, match="child lacks model.layers.1.mlp.up_proj.weight"):
+        load_child(tmp_path / "child", torch.float32, pico.device)
+
+
+LAYERS_THAT_DIFFER = {
+    "block_configs": [{"attention": {"no_op": True}}], "layers_block_type": ["attention", "mamba"], "ffn_multipliers": [0.5, 1.0],
+    "num_key_value_heads": [2, 2, 1, 1], "intermediate_size": [160, 80, 160, 160], "num_query_heads": [4, 4, 2, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LAYERS_THAT_DIFFER)
+@pytest.mark.parametrize("model_type", ["llama", "nemotron-nas"])
+def test_a_config_whose_layers_differ_is_refused_before_anything_is_read(key, model_type, pico, tmp_path):
+    config = {**pico.model.config.to_dict(), "model_type": model_type, key: LAYERS_THAT_DIFFER[key]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"its layers differ \({key} in config.json\). Use a parent whose layers are alike"):
+        load_parent("directory", path=str(tmp_path))
+
+
+def test_an_adapter_is_not_a_parent(pico, tmp_path):
+    (saved(tmp_path, pico) / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter, whose base model lies elsewhere. Merge it"):
+        load_parent("directory", path=str(tmp_path))
+
+
+DAMAGED = {
+    "config.json": ["[]", '{"model_type": "llama", "hidden_size": "many"}', '{"model_type": "llama", "rope_scaling": 8}'],
+    "tokenizer.json": ["{}", '{"model": {"type": "BPE"}}', "not json"],
+    "tokenizer_config.json": ['{"tokenizer_class": 7}', '{"extra_special_tokens": 5}'],
+    "model.safetensors": ["", "x" * 400],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, contents in DAMAGED.items() for content in contents])
+def test_what_libraries_say_of_a_damaged_file_is_an_error_of_the_users(name, content, pico, tmp_path):
+    (saved(tmp_path, pico) / name).write_text(content)
+    with pytest.raises((UserError, OSError), match=re.escape(str(tmp_path))):
+        load_parent("directory", path=str(tmp_path))
 
 
 def resident_bytes(model) -> int:
