@@ -101,9 +101,10 @@ def load_shards(
     hooks = [getattr(module, "_hf_hook", None) for module in model.get_submodule(layers).modules()]
     tensors = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # the class's own, which accelerate leaves on the instance
     shards = Shards(model.get_submodule(layers), layers, tensors, max_layers, device, converted)
     for index, layer in enumerate(shards.layers):
-        vars(layer).pop("forward", None)  # the class's own, which accelerate leaves on the instance
         stack = contextlib.ExitStack()
         layer.register_forward_pre_hook(partial(_fetch, shards, index, stack))
         layer.register_forward_hook(lambda *_, stack=stack: stack.close(), always_call=True)
