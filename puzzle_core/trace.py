@@ -1,7 +1,7 @@
 """Running the parent in parts: what enters each layer, what each subblock sees and says, and starting half way up."""
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,16 +66,20 @@ def layer_inputs(parent: Parent, input_ids: Tensor, last_layer: int | None = Non
 
 
 @contextlib.contextmanager
-def _answering(modules: Iterable[nn.Module], output: object) -> Iterator[None]:
-    """While open, each of `modules` says `output` without looking at its input."""
-    modules = list(modules)
-    for module in modules:
-        module.forward = lambda *args, **kwargs: output
+def _standing_in(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """While open, each module's forward is another function."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
+        for module in forwards:
             del module.forward
+
+
+def _answering(modules: Iterable[nn.Module], output: object) -> contextlib.AbstractContextManager[None]:
+    """While open, each of `modules` says `output` without looking at its input."""
+    return _standing_in(dict.fromkeys(modules, lambda *args, **kwargs: output))
 
 
 @contextlib.contextmanager
@@ -148,20 +152,18 @@ def float32_logits(model: PreTrainedModel) -> Iterator[None]:
     Under autocast the operands are of autocast's dtype, the products and sums float32.
     """
     linear = model.get_output_embeddings()
-    assert isinstance(linear, nn.Linear) and "forward" not in vars(linear), linear
-    linear.forward = partial(_float32_linear, linear)
-    try:
-        yield
-    finally:
-        del linear.forward
-
-
-def _float32_linear(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    device = hidden.device.type
+    device = linear.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
-    with torch.autocast(device, enabled=False):
-        if dtype.itemsize > 2:
-            return nn.functional.linear(hidden, linear.weight, linear.bias)
+    if dtype.itemsize > 2:
+        yield
+        return
+    assert isinstance(linear, nn.Linear), linear
+    with _standing_in({linear: partial(_float32_linear, linear, dtype)}):
+        yield
+
+
+def _float32_linear(linear: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
         logits_NV = _Float32Product.apply(hidden.flatten(0, -2), linear.weight, dtype)
         logits_NV = logits_NV if linear.bias is None else logits_NV + linear.bias.float()
         return logits_NV.unflatten(0, hidden.shape[:-1])
