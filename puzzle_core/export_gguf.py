@@ -33,13 +33,15 @@ class GgufFamily:
     architecture: gguf.MODEL_ARCH
     rotates_pairs: bool  # rotary embedding of neighbouring channels; transformers rotates halves, so q and k are reordered
     in_deci: bool  # whether deci's graph can stand in where layers differ
+    lacks_factors: bool = False  # of the rotary frequencies, which llama and deci have
+    splits_hidden: bool = False  # whether heads have hidden size / heads channels, and no other number
 
 
 FAMILIES = {
     "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True, in_deci=True),
     "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True, in_deci=True),
-    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, rotates_pairs=False, in_deci=True),
-    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, rotates_pairs=False, in_deci=False),
+    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, rotates_pairs=False, in_deci=True, lacks_factors=True, splits_hidden=True),
+    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, rotates_pairs=False, in_deci=False, lacks_factors=True),
 }
 
 
@@ -86,6 +88,10 @@ def _reasons(child: SavedChild) -> list[str]:
         return [f"family {config.model_type} (known: {', '.join(FAMILIES)})"]
     if not child.is_uniform and not family.in_deci:
         reasons.append(f"family {config.model_type} with layers that differ (deci, which llama.cpp has for such, lacks its q and k norms)")
+    if child.is_uniform and family.lacks_factors and config.rope_parameters["rope_type"] == "llama3":
+        reasons.append(f"rope_type llama3 in family {config.model_type} (its graph takes no factors)")
+    if child.is_uniform and family.splits_hidden and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+        reasons.append(f"head_dim {_head_dim(config)} in family {config.model_type} (its heads split hidden_size {config.hidden_size})")
     return reasons + child.refused_config(_ROPE)
 
 

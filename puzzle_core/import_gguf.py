@@ -22,8 +22,8 @@ _FACTORS = "rope_freqs.weight"
 _TOLD = ("GGUF.", "general.", "quantize.", "mradermacher.", "tokenizer.chat_template", "tokenizer.ggml.fim_")
 _OF_TOKENIZER = {f"tokenizer.ggml.{key}" for key in (
     "model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token", "add_space_prefix", "bos_token_id",
-    "eos_token_id", "unknown_token_id", "padding_token_id", "seperator_token_id", "mask_token_id", "eot_token_id", "eom_token_id",
-    "prefix_token_id", "suffix_token_id", "middle_token_id",
+    "eos_token_id", "unknown_token_id", "padding_token_id", "seperator_token_id", "cls_token_id", "mask_token_id",
+    "eot_token_id", "eom_token_id", "prefix_token_id", "suffix_token_id", "middle_token_id",
 )}  # fmt: skip
 _ELSE = "Use the original checkpoint as the parent: conf/parent/hub.yaml or directory.yaml."
 
@@ -83,7 +83,8 @@ def model_of(file: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     architecture = reader.fields["general.architecture"].contents()
     expected = _names(model, architecture)
-    _refuse_tensors(file, {name: tuple(model.state_dict()[ours].shape) for name, ours in expected.items()}, tensors)
+    weights = {name: tensor for name, tensor in tensors.items() if architecture != "llama" or name != _FACTORS}
+    _refuse_tensors(file, {name: tuple(model.state_dict()[ours].shape) for name, ours in expected.items()}, weights)
     state = {}
     for name, ours in expected.items():
         state[ours] = _values(file, tensors[name])
@@ -103,7 +104,7 @@ def _names(model: PreTrainedModel, architecture: str) -> dict[str, str]:
 
 
 def _refuse_tensors(file: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, gguf.ReaderTensor]) -> None:
-    found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items() if name != _FACTORS}
+    found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     faults = {
         "lacks": [name for name in expected if name not in found],
         "has, beside what its metadata describes,": [name for name in found if name not in expected],
@@ -143,7 +144,8 @@ def _config(metadata: _Metadata, tensors: dict[str, gguf.ReaderTensor]) -> PreTr
     metadata.equal("general.type", "model", "an adapter or a projector is no model")
     metadata.equal("split.count", 1, "join the parts with llama-gguf-split --merge")
     take("split.no", 0), take("split.tensors.count", 0)
-    for key, neutral in {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}.items():
+    metadata.equal("tokenizer.ggml.add_sep_token", False, "separators are not added")
+    for key, neutral in {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1}.items():
         metadata.equal(f"{arch}.{key}", neutral, "these layers have no other form here")
     hidden, heads = take(f"{arch}.embedding_length"), take(f"{arch}.attention.head_count")
     head_dim = take(f"{arch}.attention.key_length", hidden // heads)
@@ -168,7 +170,7 @@ def _config(metadata: _Metadata, tensors: dict[str, gguf.ReaderTensor]) -> PreTr
         **{f"{name}_token_id": take(f"tokenizer.ggml.{key}_token_id", None) for name, key in _SPECIAL.items()},
         **_attention(metadata, arch, tensors),
     }
-    values["rope_parameters"] = _rope(metadata, arch, tensors.get(_FACTORS), head_dim)
+    values["rope_parameters"] = _rope(metadata, arch, tensors.get(_FACTORS) if arch == "llama" else None, head_dim)
     metadata.refuse_rest()
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 

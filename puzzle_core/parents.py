@@ -248,6 +248,9 @@ def _config(place: str | Path, revision: str | None) -> dict:
     differ += [key for key, value in config.items() if isinstance(value, list) and _is_size(key) and key not in differ]
     if differ:
         raise UserError(f"{place}: its layers differ ({', '.join(differ)} in config.json). Use a parent whose layers are alike.")
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{place} is quantised ({how}), and a variant is cut from plain weights. Use the original or a dequantised copy.")
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(place, "adapter_config.json", revision=revision, **quiet):
         raise UserError(f"{place} is an adapter, whose base model lies elsewhere. Merge it: peft's merge_and_unload, then save_pretrained.")

@@ -39,14 +39,16 @@ ARCHITECTURES = {
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 PARENTS = {
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama untied": {"tie_word_embeddings": False},
     "llama with small heads": {"head_dim": 16},
     "llama with Llama 3's rope": {"rope_parameters": LLAMA3},
-    "llama with linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "llama with linear rope": {"rope_parameters": LINEAR_ROPE},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "head_dim": 16},
+    "qwen2 with linear rope": {"model_type": "qwen2", "head_dim": 16, "rope_parameters": LINEAR_ROPE},
 }
 
 
@@ -238,12 +240,10 @@ READ_BACK = {
     "llama untied, with small heads": {"tie_word_embeddings": False, "head_dim": 16},
     "llama without key-value heads of their own": {"num_key_value_heads": 4},
     "mistral": {"model_type": "mistral", "sliding_window": None},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen2 with small heads": {"model_type": "qwen2", "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "use_sliding_window": False, "head_dim": 24},
     "qwen3 with biases": {"model_type": "qwen3", "use_sliding_window": False, "attention_bias": True},
 }
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}
 ROPES = {"default rope": {"rope_type": "default", "rope_theta": 5e5}, "linear rope": LINEAR_ROPE, "Llama 3's rope": LLAMA3}
 
 
@@ -261,8 +261,7 @@ def assert_same_model(found, expected) -> None:
     torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("name", READ_BACK)
+@pytest.mark.parametrize(("name", "rope"), [(name, r) for name in READ_BACK for r in ROPES if (name[:4], r[:5]) != ("qwen", "Llama")])
 def test_an_export_reads_back_as_the_same_parent(name, rope, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
     model, export = saved(tmp_path, (P,) * 4, tokenizer, **READ_BACK[name], rope_parameters=ROPES[rope])
@@ -283,9 +282,8 @@ def test_a_child_whose_layers_differ_is_no_parent_as_gguf_either(tokenizer, tmp_
 def exports(tokenizer, tmp_path_factory):
     """A model of each family that GGUF tells apart, and its file."""
     found = {}
-    for model_type in import_gguf.ROTATES_PAIRS:
+    for model_type, more in {"llama": {}, "qwen2": {"head_dim": 16}, "qwen3": {"use_sliding_window": False}}.items():
         folder = tmp_path_factory.mktemp(model_type)
-        more = {} if model_type == "llama" else {"use_sliding_window": False}
         model, export = saved(folder, (P,) * 4, tokenizer, model_type=model_type, num_key_value_heads=4, **more)
         export_gguf.write(export, folder / "model.gguf", "float32")
         found[model_type] = model, folder / "model.gguf"
@@ -317,16 +315,17 @@ NOT_READ = {
     "longrope": ("llama", {}, {"rope_factors_long.weight": [2.0] * 16}, "has, beside .* rope_factors_long.weight"),
     "a window of some layers": ("qwen2", {"qwen2.attention.sliding_window": 16}, {}, "sliding_window is 16, but not which of its layers"),
     "a pattern of windows": ("llama", {"llama.attention.sliding_window_pattern": 2}, {}, "sliding_window_pattern = 2: nothing"),
+    "factors of a graph without": ("qwen3", {}, {"rope_freqs.weight": [1.0] * 15 + [8.0]}, "has, beside .* rope_freqs.weight"),
     "experts": ("llama", {"llama.expert_count": 8}, {}, "llama.expert_count is 8, read is only 0"),
     "capped logits": ("llama", {"llama.final_logit_softcapping": 30.0}, {}, "llama.final_logit_softcapping = 30.0: nothing here"),
     "scaled logits": ("qwen2", {"qwen2.logit_scale": 0.5}, {}, "qwen2.logit_scale = 0.5"),
     "scaled attention": ("qwen3", {"qwen3.attention.scale": 0.5}, {}, "qwen3.attention.scale = 0.5"),
-    "scaled rotary attention": ("llama", {"llama.rope.scaling.attn_factor": 1.2}, {}, "llama.rope.scaling.attn_factor = 1.2"),
+    "scaled rotary attention": ("llama", {"llama.rope.scaling.attn_factor": 1.2}, {}, "llama.rope.scaling.attn_factor is 1.2"),
     "part of a head rotated": ("llama", {"llama.rope.dimension_count": 16}, {}, "llama.rope.dimension_count is 16, read is only 32"),
     "values of another length": ("qwen3", {"qwen3.attention.value_length": 16}, {}, "value_length is 16, read is only 32"),
     "heads that differ": ("llama", {"llama.attention.head_count_kv": [4, 4, 2, 4]}, {}, "its layers differ .*head_count_kv is 4, 4, 2, 4"),
     "widths that differ": ("llama", {"llama.feed_forward_length": [160, 80, 160, 160]}, {}, "its layers differ .*feed_forward_length"),
-    "a separator added": ("llama", {"tokenizer.ggml.add_sep_token": True}, {}, "tokenizer.ggml.add_sep_token = True: nothing"),
+    "a separator added": ("llama", {"tokenizer.ggml.add_sep_token": True}, {}, "tokenizer.ggml.add_sep_token is True, read is only False"),
     "an adapter": ("llama", {"general.type": "adapter"}, {}, "general.type is adapter, read is only model"),
     "a part": ("llama", {"split.count": 2}, {}, "split.count is 2.*--merge"),
     "another architecture": ("llama", {"general.architecture": "gemma2"}, {}, "architecture 'gemma2'; read are llama, qwen2, qwen3"),
@@ -356,6 +355,7 @@ def test_what_a_gguf_file_says_and_nothing_here_computes_is_refused_by_name(name
 NEUTRAL = {
     "provenance": {"quantize.imatrix.file": "x", "general.tags": ["a"], "tokenizer.ggml.eot_token_id": 0},
     "counts of zero": {"llama.expert_count": 0, "llama.expert_used_count": 0, "split.count": 1, "split.no": 0},
+    "factors of one": {"llama.rope.scaling.attn_factor": 1.0, "tokenizer.ggml.add_sep_token": False},
     "llama.cpp's defaults": {
         f"llama.{key}": None for key in ("attention.head_count_kv", "attention.key_length", "attention.value_length",
                                          "rope.dimension_count", "rope.freq_base", "vocab_size")
@@ -441,6 +441,11 @@ REFUSED_BY_GGUF = {
     "qwen3 with layers that differ": (MIXED, {"model_type": "qwen3"}, ("family qwen3 with layers that differ",)),
     "a sliding window": ((P,) * 4, {"model_type": "mistral", "sliding_window": 16}, ("sliding_window 16",)),
     "another activation": ((P,) * 4, {"hidden_act": "gelu"}, ("hidden_act gelu",)),
+    "Llama 3's rope in qwen2": (
+        (P,) * 4, {"model_type": "qwen2", "head_dim": 16, "rope_parameters": LLAMA3}, ("rope_type llama3 in family qwen2 (its graph",),
+    ),
+    "Llama 3's rope in qwen3": ((P,) * 4, {"model_type": "qwen3", "rope_parameters": LLAMA3}, ("rope_type llama3 in family qwen3",)),
+    "large heads in qwen2": ((P,) * 4, {"model_type": "qwen2"}, ("head_dim 32 in family qwen2 (its heads split hidden_size 64)",)),
     "another rope": ((P,) * 4, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, ("rope_type yarn",)),
 }
 

@@ -70,6 +70,7 @@ def test_a_hub_parent_is_the_commit_behind_its_revision(pico, hub):
     assert torch.equal(pinned.model(IDS).logits, pico.model(IDS).logits)
     assert torch.equal(newest.model(IDS).logits, other.model(IDS).logits)
     assert pinned.identity != newest.identity and "b" * 40 in newest.origin.text
+    assert newest.identity == load_parent("hub", id="owner/pico", revision="b" * 40).identity
     assert (pinned.origin.license, newest.origin.license) == (None, "mit")
 
 
@@ -299,6 +300,13 @@ def test_a_config_whose_layers_differ_is_refused_before_anything_is_read(key, mo
     config = {**pico.model.config.to_dict(), "model_type": model_type, key: LAYERS_THAT_DIFFER[key]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"its layers differ \({key} in config.json\). Use a parent whose layers are alike"):
+        load_parent("directory", path=str(tmp_path))
+
+
+def test_quantised_weights_are_not_a_parents(pico, tmp_path):
+    config = {**pico.model.config.to_dict(), "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantised .fp8.*Use the original or a dequantised copy"):
         load_parent("directory", path=str(tmp_path))
 
 
