@@ -11,29 +11,35 @@
               sum_{o in half 1 or 2 of l} x_o = 1      for every layer l
               sum_o t_ko x_o <= r_k                    for every sum k
 
+All sums are exact: each float is a whole number of some power of two, and whole numbers are what is added and compared. So
+the optimum is that of the floats given, near ties included, and a limit holds or does not.
+
 For prices p >= 0 of the sums, L(p) = sum_l (least w + p t of layer l) - p r is a lower bound, and whatever uses option o
-weighs at least L(p) + d_o, where d_o is by how much o is dearer than its layer's cheapest choice; of several, d adds up.
-So: take the prices from the linear relaxation; if a choice is known that weighs z, only those of total d <= z - L(p) can be
-better. Mostly they are few, and are listed: a proof that rests on no solver's tolerance. Where they are many, SCIP solves
-the program of the options with small d alone (the core), first of few, then of all that z does not rule out; relative to a
-choice near the optimum and in units of its own, so that the unit of the weights is no matter.
+weighs at least L(p) + d_o, where d_o is the reduced cost of o: by how much it is dearer than its layer's cheapest choice. Of
+several options, d adds up. Both are floats rounded down, so they stay bounds. Prices come from the linear relaxation; any
+are valid. If a choice of weight z is known, only those of total d <= z - L(p) can be lighter. Mostly they are few, and are
+enumerated. Where they are too many, CP-SAT solves the program of the options with small d alone (the core), first of few,
+then of all that z does not rule out. It gets the whole numbers, cut into limbs that fit its 64 bits: no tolerance, no scale.
 """
 import datetime
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
+from ortools.sat.python import cp_model
 
 FIRST, SECOND, BOTH = 0, 1, 2
-FEASIBILITY = 1e-9  # of SCIP, relative to the largest coefficient of a row; at its default of 1e-6 it breaks limits
-CORE = 2.0  # options per cell in SCIP's first core, on average
-LISTED = 200_000  # choices that are listed at most; a hundred bytes and a microsecond each
-NOISE = 1e-14  # relative error of a sum of floats, generously
+CORE = 2.0  # options per cell in CP-SAT's first core, on average
+LISTED = 200_000  # choices that are enumerated at most; a hundred bytes and a microsecond each
+EPS = 2.0**-52  # one rounding errs by at most half of it, relative
+TINY = np.finfo(float).tiny  # below it, errors are not relative
+LIMB = 40  # bits of a limb: a sum of 2**22 of them fits int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +67,11 @@ class Program:
         return np.array([math.fsum([*share_O[rows], -room]) for share_O, room in zip(self.share_KO, self.room_K, strict=True)])
 
     def fits(self, rows: np.ndarray) -> bool:
-        return bool((self.over(rows) <= 0).all())
+        return bool((self.over(rows) <= 0).all())  # the sign of a sum by fsum is that of the exact sum
+
+    def lighter(self, rows: np.ndarray, others: np.ndarray) -> bool:
+        """Whether `rows` weigh less than `others`, exactly."""
+        return math.fsum([*self.weight_O[rows], *-self.weight_O[others]]) < 0
 
     def least(self, weight_O: np.ndarray) -> np.ndarray:
         """Each layer's least weight of half 0, of half 1 and of both: (3, layers), infinite where there is no option."""
@@ -72,7 +82,11 @@ class Program:
     def cheapest(self, weight_O: np.ndarray) -> np.ndarray:
         """The choice of least weight, limits aside."""
         first_L, second_L, both_L = self.least(weight_O)
-        joint_O = (both_L < first_L + second_L)[self.layer_O]
+        with np.errstate(invalid="ignore"):  # infinite where there is no option
+            split_L = first_L + second_L
+            virtual_L = split_L - first_L
+            error_L = (first_L - (split_L - virtual_L)) + (second_L - virtual_L)  # split_L + error_L is the sum exactly (Knuth's TwoSum)
+        joint_O = ((both_L < split_L) | ((both_L == split_L) & (error_L > 0)))[self.layer_O]
         candidates = np.flatnonzero(joint_O == (self.half_O == BOTH))
         order = candidates[np.lexsort((weight_O[candidates], self.half_O[candidates], self.layer_O[candidates]))]
         key = 3 * self.layer_O[order] + self.half_O[order]
@@ -97,9 +111,9 @@ class Found:
     """A choice that fits, and what is proven of it."""
 
     rows: np.ndarray
-    weight: float
+    weight: float  # of the exact sum, rounded once
     bound: float  # nothing that fits weighs less
-    proven: bool  # bound and weight are the same, as far as floats tell
+    proven: bool  # nothing that fits weighs less than `rows`, in exact sums
 
 
 class OutOfTimeError(Exception):
@@ -117,11 +131,12 @@ def minimise(program: Program, deadline: float, start: np.ndarray | None = None)
     start = start if start is not None and program.fits(start) else None
     kept = np.union1d(_undominated(program), np.array([] if start is None else start, int))
     program, start = program.only(kept), None if start is None else np.searchsorted(kept, np.sort(start))
-    prices_K = _prices(program, program.cheapest(program.weight_O), deadline)
-    priced = _price(program, prices_K)
-    found = _list(program, priced, _overpaid(program, prices_K) if start is None else start, deadline)
-    if found is None or not found.proven:
-        found = _solve(program, priced, found.rows if found else None, deadline)
+    priced = _price(program, _prices(program, program.cheapest(program.weight_O), deadline))
+    best, done = _enumerate(program, priced, _overpaid(program, priced.prices_K) if start is None else start, deadline)
+    if done:
+        found = None if best is None else Found(best, program.weight(best), program.weight(best), True)
+    else:
+        found = _solve(program, priced, best, deadline)
     return found and replace(found, rows=kept[found.rows])
 
 
@@ -149,81 +164,92 @@ def _overpaid(program: Program, prices_K: np.ndarray) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Priced:
-    """A program at given prices."""
+    """A program at given prices, every figure rounded down."""
 
-    weight_O: np.ndarray  # w + p t
+    prices_K: np.ndarray
+    low_O: np.ndarray  # w + p t
     least_L: np.ndarray  # of each layer's cheapest choice
-    dearer_O: np.ndarray  # by how much the cheapest choice with this option is dearer
-    bound: float  # L(p), less what floats may have it wrong
-    noise: float  # what floats may have a difference to it wrong
+    dearer_O: np.ndarray  # reduced costs: by how much the cheapest choice with this option is dearer
+    bound: float  # L(p)
+
+    def above(self, weight: float) -> float:
+        """How far `weight` is above the bound, rounded up."""
+        return math.nextafter(math.nextafter(weight, math.inf) - self.bound, math.inf)
 
 
 def _price(program: Program, prices_K: np.ndarray) -> Priced:
-    weight_O = program.weight_O + prices_K @ program.share_KO
-    cheapest = program.cheapest(weight_O)
-    bound = math.fsum([*program.weight_O[cheapest], *(prices_K * program.over(cheapest))])
-    noise = NOISE * (np.abs(program.weight_O[cheapest]).sum() + prices_K @ np.abs(program.share_KO[:, cheapest]).sum(axis=1))
-    first_L, second_L, both_L = program.least(weight_O)
-    least_L = np.minimum(first_L + second_L, both_L)
+    magnitude_O = np.abs(program.weight_O) + prices_K @ np.abs(program.share_KO)
+    low_O = program.weight_O + prices_K @ program.share_KO - (len(prices_K) + 4) * (EPS * magnitude_O + TINY)
+    first_L, second_L, both_L = program.least(low_O)
+    least_L = np.nextafter(np.minimum(first_L + second_L, both_L), -np.inf)
     partner_HL = np.stack([second_L, first_L, np.zeros_like(both_L)])
-    dearer_O = weight_O + partner_HL[program.half_O, program.layer_O] - least_L[program.layer_O]
-    return Priced(weight_O, least_L, np.maximum(0.0, dearer_O), bound - noise, 2 * noise)
+    dearer_O = _dearer(low_O, partner_HL[program.half_O, program.layer_O], least_L[program.layer_O])
+    paid_K = prices_K * program.room_K
+    bound = math.fsum([*least_L, *-paid_K])
+    return Priced(prices_K, low_O, least_L, dearer_O, bound - EPS * (np.abs(paid_K).sum() + abs(bound)) - TINY)
 
 
-def _list(program: Program, priced: Priced, start: np.ndarray | None, deadline: float) -> Found | None:
-    """Look through every choice of small total d, further and further, until it is proven that the best was among them.
+def _dearer(one: np.ndarray, other: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """one + other - least, which is not negative, rounded down."""
+    return np.maximum(0.0, one + other - least - 4 * EPS * (np.abs(one) + np.abs(other) + np.abs(least)))
 
-    Not proven where they become too many; None if none was found that fits.
+
+def _enumerate(program: Program, priced: Priced, best: np.ndarray | None, deadline: float) -> tuple[np.ndarray | None, bool]:
+    """The lightest of all choices of small total d, further and further, until nothing else can be lighter.
+
+    With it whether that is proven, which it is not where they become too many. None and proven: nothing fits.
     """
     ranked = np.sort(priced.dearer_O)
-    best, size = start, len(program.cheapest(priced.weight_O)) + 8
+    size = len(program.cheapest(priced.low_O)) + 8
     while time.perf_counter() < deadline:
         whole = size >= len(ranked)
-        reach = np.inf if whole else ranked[size] + priced.noise
+        reach = np.inf if whole else ranked[size]
         if best is not None:
-            reach = min(reach, program.weight(best) - priced.bound + priced.noise)
-        choices = _choices_within(program, priced, reach)
-        if choices is None:
+            reach = min(reach, priced.above(program.weight(best)))
+        listed = _lightest_within(program, priced, reach)
+        if listed is None:
             break
-        for rows in choices:  # lightest first
-            if best is not None and program.weight(rows) >= program.weight(best):
-                break
-            if program.fits(rows):
-                best = np.sort(rows)
-                break
-        if best is not None and program.weight(best) - priced.bound + priced.noise <= reach:
-            return Found(best, program.weight(best), program.weight(best), True)
-        if whole:
-            break
+        for rows in listed:
+            best = rows if best is None or program.lighter(rows, best) else best
+        if whole or (best is not None and priced.above(program.weight(best)) <= reach):
+            return best, True
         size += 8
-    return None if best is None else Found(best, program.weight(best), priced.bound, False)
+    return best, False
 
 
-def _choices_within(program: Program, priced: Priced, reach: float) -> Iterator[np.ndarray] | None:
-    """Those of total d up to `reach` that seem to fit, lightest first; None if there are too many."""
-    values_VO = np.vstack([program.weight_O, program.share_KO])
-    values_VO = np.hstack([values_VO, np.zeros((len(values_VO), 1))])  # option -1, beside a joint one, is nothing
+def _lightest_within(program: Program, priced: Priced, reach: float) -> list[np.ndarray] | None:
+    """The lightest choice that fits among those of total d up to `reach`: in a list, empty if none fits. None if they are too many."""
+    kept = np.flatnonzero(priced.dearer_O <= reach)
+    program, low_O = program.only(kept), priced.low_O[kept]
     layers = []  # (d, pairs of options) of each layer's choices, cheapest first
     for rows in np.split(order := np.argsort(program.layer_O, kind="stable"), np.flatnonzero(np.diff(program.layer_O[order])) + 1):
-        rows = rows[priced.dearer_O[rows] <= reach]
         first, second, both = (rows[program.half_O[rows] == half] for half in (FIRST, SECOND, BOTH))
         pairs = np.array([*((a, b) for a in first for b in second), *((b, -1) for b in both)])
-        dearer = np.where(pairs >= 0, priced.weight_O[pairs], 0.0).sum(axis=1) - priced.least_L[program.layer_O[pairs[0, 0]]]
-        kept = np.argsort(dearer, kind="stable")[: (dearer <= reach).sum()]
-        layers.append((np.maximum(0.0, dearer[kept]), pairs[kept]))
+        partner = np.where(pairs[:, 1] < 0, 0.0, low_O[pairs[:, 1]])
+        dearer = _dearer(low_O[pairs[:, 0]], partner, priced.least_L[program.layer_O[rows[0]]])
+        near = np.argsort(dearer, kind="stable")[: (dearer <= reach).sum()]
+        layers.append((dearer[near], pairs[near]))
     layers.sort(key=lambda layer: -layer[0][1] if len(layer[0]) > 1 else -math.inf)  # those that multiply the list come last
-    dearer_S, value_VS, history = np.zeros(1), np.zeros((len(values_VO), 1)), []
+    values_V = [[*program.weight_O, 0.0], *np.column_stack([program.share_KO, program.room_K])]
+    limbs_V = [_limbs([*_whole(values)[0], 0]) for values in values_V]  # the room is last but one; option -1, beside a joint one, is 0
+    limb_NO = np.vstack(limbs_V)
+    dearer_S, sum_NS, history = np.zeros(1), np.zeros((len(limb_NO), 1), np.int64), []
     for dearer_C, pairs in layers:
         total_SC = dearer_S[:, None] + dearer_C
-        state, choice = np.nonzero(total_SC <= reach)
+        state, choice = np.nonzero(total_SC <= reach * (1 + len(layers) * EPS))  # total d is a float sum
         if len(state) > LISTED:
             return None
-        value_VS = value_VS[:, state] + values_VO[:, pairs].sum(axis=2)[:, choice]
+        sum_NS = sum_NS[:, state] + limb_NO[:, pairs].sum(axis=2)[:, choice]
         dearer_S = total_SC[state, choice]
         history.append((state, pairs[choice]))
-    room_V = program.room_K + 1e-12 * np.abs(program.share_KO).sum(axis=1)  # float sums; the exact ones decide
-    seeming = np.flatnonzero((value_VS[1:] <= room_V[:, None]).all(axis=0))
-    return (_trace(history, index) for index in seeming[np.argsort(value_VS[0, seeming], kind="stable")])
+    weight_JS, *sums = np.split(sum_NS, np.cumsum([len(limbs) for limbs in limbs_V])[:-1])
+    left_S = np.arange(len(dearer_S))
+    for sum_JS, limbs in zip(sums, limbs_V[1:], strict=True):
+        over_JS = _carried(sum_JS[:, left_S] - limbs[:, -2, None])
+        left_S = left_S[(over_JS[-1] < 0) | (over_JS == 0).all(axis=0)]
+    for limb_S in _carried(weight_JS)[::-1]:
+        left_S = left_S[limb_S[left_S] == limb_S[left_S].min(initial=np.iinfo(np.int64).max)]
+    return [kept[_trace(history, left_S[0])]] if len(left_S) else []
 
 
 def _trace(history: list[tuple[np.ndarray, np.ndarray]], index: int) -> np.ndarray:
@@ -232,24 +258,47 @@ def _trace(history: list[tuple[np.ndarray, np.ndarray]], index: int) -> np.ndarr
     for state, pairs in reversed(history):
         rows += [option for option in pairs[index].tolist() if option >= 0]
         index = state[index]
-    return np.array(rows)
+    return np.sort(rows)
+
+
+def _whole(values: Iterable[float]) -> tuple[list[int], Fraction]:
+    """Floats as whole numbers of a unit, without any rounding, and the unit."""
+    ratios = [value.as_integer_ratio() for value in map(float, values)]
+    denominator = max(below for _, below in ratios)  # powers of two
+    numbers = [above * (denominator // below) for above, below in ratios]
+    divisor = math.gcd(*numbers) or 1
+    return [number // divisor for number in numbers], Fraction(divisor, denominator)
+
+
+def _limbs(numbers: list[int]) -> np.ndarray:
+    """(limbs, numbers): number = sum_j limb_j 2**(LIMB j), the highest limb with the sign. Their sums do not overflow."""
+    num_limbs = max(1, math.ceil(max(number.bit_length() for number in numbers) / LIMB))
+    low = [[number >> LIMB * j & (1 << LIMB) - 1 for number in numbers] for j in range(num_limbs - 1)]
+    return np.array([*low, [number >> LIMB * (num_limbs - 1) for number in numbers]], np.int64)
+
+
+def _carried(sum_JS: np.ndarray) -> np.ndarray:
+    """Sums of limbs as limbs, which compare from the highest to the lowest."""
+    limb_JS = sum_JS.copy()
+    for j in range(len(limb_JS) - 1):
+        limb_JS[j + 1] += limb_JS[j] >> LIMB
+        limb_JS[j] &= (1 << LIMB) - 1
+    return limb_JS
 
 
 def _solve(program: Program, priced: Priced, best: np.ndarray | None, deadline: float) -> Found | None:
-    """By SCIP, from the core outwards; `best` is a choice that fits, if one is known."""
-    bound, noise, dearer_O = priced.bound, priced.noise, priced.dearer_O
-    ranked = np.sort(dearer_O)
+    """By CP-SAT, from the core outwards; `best` is a choice that fits, if one is known."""
+    dearer_O, ranked = priced.dearer_O, np.sort(priced.dearer_O)
     size = math.ceil(CORE * len(program.cells))
     while True:
         reach = ranked[min(size, len(ranked)) - 1]
         if best is not None:
-            reach = min(reach, program.weight(best) - bound)
+            reach = min(reach, priced.above(program.weight(best)))
         inside_O = dearer_O <= reach
         inside_O[[] if best is None else best] = True
         core = np.flatnonzero(inside_O)
-        hint = None if best is None else np.searchsorted(core, best)
-        rows, core_bound, complete = _solve_core(program.only(core), deadline, hint)
-        if rows is not None and (best is None or program.weight(core[rows]) < program.weight(best)):
+        rows, core_bound, complete = _solve_core(program.only(core), deadline, None if best is None else np.searchsorted(core, best))
+        if rows is not None and (best is None or program.lighter(core[rows], best)):
             best = core[rows]
         if best is None:
             if not complete:
@@ -258,73 +307,100 @@ def _solve(program: Program, priced: Priced, best: np.ndarray | None, deadline: 
                 return None
             size = 4 * len(core)  # nothing fits in this core
             continue
-        weight, left_out = program.weight(best), bound + dearer_O[~inside_O].min(initial=np.inf)
-        if not complete:
-            return Found(best, weight, float(min(weight, max(bound, min(core_bound, left_out)))), False)
-        if noise < weight - bound < 1e-3 * reach:  # a few huge weights drowned the rest: without them, in a smaller unit
-            kept = np.unique(np.concatenate([np.flatnonzero(dearer_O <= weight - bound), best]))
-            found = minimise(program.only(kept), deadline, np.searchsorted(kept, best))
-            return replace(found, rows=kept[found.rows])
-        if left_out >= weight - noise:
+        weight, left_out = program.weight(best), dearer_O[~inside_O].min(initial=np.inf)
+        if complete and left_out >= priced.above(weight):
             return Found(best, weight, weight, True)
+        if not complete:
+            bound = max(priced.bound, min(core_bound, math.nextafter(priced.bound + left_out, -math.inf)))
+            return Found(best, weight, float(min(weight, bound)), False)
         size = len(ranked)  # all that the bound has not ruled out
+
+
+def _solve_core(program: Program, deadline: float, hint: np.ndarray | None) -> tuple[np.ndarray | None, float, bool]:
+    """The lightest choice or None, a bound on it, and whether CP-SAT was done before the deadline.
+
+    Limb by limb: first the sum of the highest limbs is made least, then with each lower one what remains of it.
+    """
+    near = program.cheapest(program.weight_O) if hint is None else hint
+    model = cp_model.CpModel()
+    x_O = [model.new_bool_var("") for _ in program.weight_O]
+    for cell in program.cells:
+        model.add_exactly_one(x_O[row] for row in cell)
+    for share_O, room in zip(program.share_KO, program.room_K, strict=True):
+        *whole_O, whole_room = _whole([*share_O, room])[0]
+        left = whole_room - sum(whole_O[row] for row in near)
+        _limit(model, x_O, _limbs([*_relative_to(program, whole_O, near), left]), len(program.cells))
+    whole_O, unit = _whole(program.weight_O)
+    base, limb_JO = sum(whole_O[row] for row in near), _limbs(_relative_to(program, whole_O, near))
+    rows, bound, least, rest = hint, -math.inf, 0, 0
+    for level in reversed(range(len(limb_JO))):
+        weight = rest * 2**LIMB + cp_model.LinearExpr.weighted_sum(x_O, limb_JO[level].tolist())
+        model.minimize(weight)
+        if rows is not None:
+            model.clear_hints()
+            chosen = set(rows.tolist())
+            for row, x in enumerate(x_O):
+                model.add_hint(x, row in chosen)
+        solver, left_s = cp_model.CpSolver(), deadline - time.perf_counter()
+        if left_s <= 0:
+            return rows, bound, False
+        solver.parameters.num_workers, solver.parameters.max_time_in_seconds = 1, left_s
+        solver.parameters.presolve_inclusion_work_limit = 0  # that of 9.15 may cut off the optimum: github.com/google/or-tools/issues/5293
+        status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:
+            assert rows is None
+            return None, math.inf, True
+        if status == cp_model.UNKNOWN:
+            return rows, bound, False
+        assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE), solver.status_name(status)
+        done = status == cp_model.OPTIMAL
+        found = np.flatnonzero([solver.boolean_value(x) for x in x_O])
+        rows = found if rows is None or program.lighter(found, rows) else rows
+        reached = solver.value(weight) if done else math.floor(math.nextafter(solver.best_objective_bound, -math.inf))
+        least = least * 2**LIMB + reached  # lower limbs are not negative: they only add to it
+        bound = math.nextafter(float(unit * (base + least * 2 ** (LIMB * level))), -math.inf)
+        if not done:
+            return rows, bound, False
+        rest = model.new_int_var(0, len(program.cells), "")  # the lower limbs of all cells carry no more
+        model.add(rest == weight - reached)
+    assert unit * (base + least) == sum(map(Fraction, program.weight_O[rows].tolist())), "the hint is lighter"
+    return rows, bound, True
+
+
+def _limit(model: cp_model.CpModel, x_O: list[cp_model.IntVar], limb_JO: np.ndarray, num_cells: int) -> None:
+    """At most the last of `limb_JO` is the sum of the chosen ones: limb by limb, each passing on what it lacks to the next."""
+    lacking = 0
+    for level, (*limb_O, room) in enumerate(limb_JO.tolist()):
+        last = level == len(limb_JO) - 1
+        passed = 0 if last else model.new_int_var(0, num_cells + 1, "")
+        model.add(cp_model.LinearExpr.weighted_sum(x_O, limb_O) + lacking <= room + passed * 2**LIMB)
+        lacking = passed
+
+
+def _relative_to(program: Program, whole_O: list[int], rows: np.ndarray) -> list[int]:
+    """Whole numbers of the options, counted from those of the choice `rows`, which become 0 in sum."""
+    at = {(program.layer_O[row], program.half_O[row] % BOTH): whole_O[row] for row in rows}  # a joint option stands at half 0
+    halves = {FIRST: (FIRST,), SECOND: (SECOND,), BOTH: (FIRST, SECOND)}
+    options = zip(whole_O, program.layer_O, program.half_O, strict=True)
+    return [whole - sum(at.get((layer, half), 0) for half in halves[both]) for whole, layer, both in options]
 
 
 def _prices(program: Program, near: np.ndarray, deadline: float) -> np.ndarray:
     """The prices of the sums at the optimum of the linear relaxation; zeros where it has none."""
-    model, unit, unit_K = _model(program.relative_to(near), integer=False)
-    parameters = _parameters(deadline)
-    result = mathopt.solve(model, mathopt.SolverType.GLOP, params=parameters) if parameters else None
-    if result is None or result.termination.reason.name != "OPTIMAL":
+    model, unit, unit_K = _relaxation(program.relative_to(near))
+    if (left_s := deadline - time.perf_counter()) <= 0:
+        return np.zeros(len(unit_K))
+    steps = 4 * (len(program.weight_O) + len(program.cells) + len(unit_K))  # where coefficients are 1e-16 of others, it may cycle
+    parameters = mathopt.SolveParameters(threads=1, time_limit=datetime.timedelta(seconds=left_s), iteration_limit=steps)
+    try:
+        result = mathopt.solve(model, mathopt.SolverType.GLOP, params=parameters)
+    except (AttributeError, RuntimeError, ValueError):  # GLOP ends abnormally; MathOpt 9.15 stumbles over its own message of that
+        return np.zeros(len(unit_K))
+    if result.termination.reason.name != "OPTIMAL":
         return np.zeros(len(unit_K))
     dual_K = np.array(result.dual_values(list(model.linear_constraints())[len(program.cells) :]))
-    return np.maximum(0.0, -dual_K) * unit / unit_K
-
-
-def _solve_core(program: Program, deadline: float, hint: np.ndarray | None) -> tuple[np.ndarray | None, float, bool]:
-    """The lightest choice or None, a bound on it, and whether the solver was done before the deadline."""
-    near = program.cheapest(program.weight_O) if hint is None else hint
-    model, unit, _ = _model(program.relative_to(near), integer=True)
-    x_O = list(model.variables())
-    hints = [] if hint is None else [mathopt.SolutionHint(variable_values={x_O[row]: 1.0 for row in hint})]
-    while parameters := _parameters(deadline):
-        parameters.gscip.real_params["numerics/feastol"] = FEASIBILITY
-        how = mathopt.ModelSolveParameters(solution_hints=hints)
-        result = mathopt.solve(model, mathopt.SolverType.GSCIP, params=parameters, model_params=how)
-        reason = result.termination.reason.name
-        if reason in ("INFEASIBLE", "INFEASIBLE_OR_UNBOUNDED"):
-            return None, np.inf, True
-        if reason not in ("OPTIMAL", "FEASIBLE"):
-            break
-        rows = np.flatnonzero(np.array(result.variable_values(x_O)) > 0.5)
-        if program.fits(rows):
-            return rows, program.weight(near) + unit * result.dual_bound(), reason == "OPTIMAL"
-        _cut_off(program, model, rows)
-        hints = []
-    return None, -np.inf, False
-
-
-def _cut_off(program: Program, model: mathopt.Model, rows: np.ndarray) -> None:
-    """Exclude `rows`, which break limits by less than the solver sees, and whatever breaks them alike.
-
-    Shares repeat from layer to layer, so every permutation of `rows` would come back in turn. Each limit is written again as
-    a change from `rows`: its right side is near 0, the solver's tolerance absolute, so scaling up sharpens it.
-    """
-    x_O, local = list(model.variables()), program.relative_to(rows)
-    model.add_linear_constraint(mathopt.fast_sum(x_O[row] for row in rows) <= len(rows) - 1)
-    for share_O, room, unit in zip(local.share_KO, local.room_K, _units(local.share_KO), strict=True):
-        if room < 0:
-            terms = (1e4 / unit * share * x for share, x in zip(share_O.tolist(), x_O, strict=True) if share)
-            model.add_linear_constraint(mathopt.fast_sum(terms) <= 1e4 / unit * room)
-
-
-def _parameters(deadline: float) -> mathopt.SolveParameters | None:
-    """No gap, one thread, the time that is left; None if there is none."""
-    left_s = deadline - time.perf_counter()
-    if left_s <= 0:
-        return None
-    limit = datetime.timedelta(seconds=left_s)
-    return mathopt.SolveParameters(relative_gap_tolerance=0.0, absolute_gap_tolerance=0.0, threads=1, time_limit=limit)
+    prices_K = np.maximum(0.0, -dual_K) * unit / unit_K
+    return np.where(np.isfinite(prices_K), prices_K, 0.0)
 
 
 def _units(values_KO: np.ndarray) -> np.ndarray:
@@ -332,15 +408,15 @@ def _units(values_KO: np.ndarray) -> np.ndarray:
     return np.where(largest_K > 0, largest_K, 1.0)
 
 
-def _model(program: Program, integer: bool) -> tuple[mathopt.Model, float, np.ndarray]:
-    """The program as a model, the unit of its weights and those of its sums. Through a proto: ten times faster to build."""
+def _relaxation(program: Program) -> tuple[mathopt.Model, float, np.ndarray]:
+    """The linear relaxation as a model, the unit of its weights and those of its sums. Through a proto: ten times faster to build."""
     (unit,), unit_K = _units(program.weight_O[None]), _units(program.share_KO)
     weight_O, share_KO, room_K = program.weight_O / unit, program.share_KO / unit_K[:, None], program.room_K / unit_K
     num_options, cells, proto = len(weight_O), program.cells, model_pb2.ModelProto()
     proto.variables.ids.extend(range(num_options))
     proto.variables.lower_bounds.extend([0.0] * num_options)
     proto.variables.upper_bounds.extend([1.0] * num_options)
-    proto.variables.integers.extend([integer] * num_options)
+    proto.variables.integers.extend([False] * num_options)
     used = np.flatnonzero(weight_O)
     proto.objective.linear_coefficients.ids.extend(used.tolist())
     proto.objective.linear_coefficients.values.extend(weight_O[used].tolist())

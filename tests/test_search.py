@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -118,7 +119,7 @@ def test_the_mip_scores_what_exhaustive_search_scores(seed, num_layers, num_atte
     constraints = constraints_from(limits, problem)
     expected = exhaustive(problem, constraints)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mip, "LISTED", mip.LISTED if listed else 0)  # 0: SCIP alone
+        patch.setattr(mip, "LISTED", mip.LISTED if listed else 0)  # 0: CP-SAT alone
         if expected is None:
             with pytest.raises(InfeasibleError):
                 solve(problem, constraints)
@@ -391,6 +392,75 @@ def test_joint_options_beside_split_ones_are_chosen_as_by_hand(seed, num_sums, l
     assert (found is None) == (expected is None)
     if found:
         assert found.weight == expected == found.bound and found.proven and program.fits(found.rows)
+
+
+def near_ties(seed):
+    """A program whose choices weigh the same but for 1e-16 to 1e-8, or differ by up to 24 orders of magnitude; its sums do so too."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for layer in range(random.integers(1, 5)):
+        counts = ((3, 3, 0), (0, 0, 4), (2, 2, 3))[random.integers(3)]
+        rows += [(layer, half) for half, count in enumerate(counts) for _ in range(count)]
+    layer_O, half_O = np.array(rows).T
+    whole_VO = random.integers(-1 if seed % 3 == 0 else 0, 4, (1 + random.integers(1, 4), len(rows))) * np.where(half_O == mip.BOTH, 2, 1)
+    tie = 10.0 ** random.integers(-16, -7)
+    values_VO = whole_VO * (1 + tie * random.normal(size=whole_VO.shape)) + tie * random.uniform(size=whole_VO.shape)
+    if seed % 5 == 0:
+        values_VO *= 10 ** random.uniform(-12, 12, values_VO.shape)
+    room_K = values_VO[1:].mean(axis=1) * (layer_O.max() + 1) * random.uniform(0.6, 1.6, len(values_VO) - 1)
+    if seed % 2:  # as much as some choice takes
+        joint_O = np.isin(layer_O, layer_O[half_O == mip.BOTH])
+        cells = sorted({(n, half) for (n, half), joint in zip(rows, joint_O, strict=True) if not joint or half == mip.BOTH})
+        some = [random.choice(np.flatnonzero((layer_O == n) & (half_O == half))) for n, half in cells]
+        room_K = np.array([math.fsum(share_O[some]) for share_O in values_VO[1:]])
+    return mip.Program(layer_O, half_O, values_VO[0], values_VO[1:], room_K)
+
+
+def exactly_by_hand(program):
+    """The least weight of every choice that fits, in fractions without any rounding; None if nothing fits."""
+    exact = np.vectorize(Fraction, otypes=[object])
+    values_VO, room_K = exact(np.vstack([program.weight_O, program.share_KO])), exact(program.room_K)
+    unit = math.lcm(*(value.denominator for value in (*values_VO.flat, *room_K)))
+    values_VO, room_K = np.vectorize(int, otypes=[object])(values_VO * unit), [int(room * unit) for room in room_K]
+    sum_VA = np.zeros((len(values_VO), 1), object)
+    for layer in range(program.layer_O.max() + 1):
+        first, second, both = (np.flatnonzero((program.layer_O == layer) & (program.half_O == half)) for half in range(3))
+        pairs_VC = (values_VO[:, first, None] + values_VO[:, None, second]).reshape(len(values_VO), -1)
+        sum_VA = (sum_VA[:, :, None] + np.hstack([pairs_VC, values_VO[:, both]])[:, None]).reshape(len(values_VO), -1)
+    fitting = sum_VA[0][(sum_VA[1:] <= np.array(room_K, object)[:, None]).all(axis=0)]
+    return Fraction(min(fitting), unit) if len(fitting) else None
+
+
+@pytest.mark.parametrize(("listed", "seeds"), [(True, range(2400)), (False, range(2400, 3200))])
+def test_of_three_thousand_near_ties_what_is_called_optimal_is_optimal_in_exact_sums(listed, seeds, monkeypatch):
+    monkeypatch.setattr(mip, "LISTED", mip.LISTED if listed else 0)  # 0: CP-SAT alone
+    wrong = []
+    for seed in seeds:
+        program = near_ties(seed)
+        found, expected = mip.minimise(program, time.perf_counter() + 20), exactly_by_hand(program)
+        if found is None or expected is None:
+            wrong += [(seed, found, expected)] * (found is not None or expected is not None)
+            continue
+        weight = sum(map(Fraction, program.weight_O[found.rows]))
+        if not (found.proven and weight == expected and found.weight == float(weight) and program.fits(found.rows)):
+            wrong.append((seed, found, float(weight - expected)))
+    assert not wrong, f"{len(wrong)} of {len(seeds)}, e.g. {wrong[:3]}"
+
+
+def test_the_bound_of_an_unfinished_search_is_never_above_the_optimum_in_exact_sums(monkeypatch):
+    monkeypatch.setattr(mip, "LISTED", 0)
+    monkeypatch.setattr(mip, "_solve_core", lambda program, deadline, hint: (hint, -math.inf, False))  # time is up
+    bounded = 0
+    for seed in range(400):
+        program = near_ties(seed)
+        try:
+            found = mip.minimise(program, time.perf_counter() + 20)
+        except mip.OutOfTimeError:
+            continue
+        if not found.proven:
+            assert Fraction(found.bound) <= exactly_by_hand(program), seed
+            bounded += 1
+    assert bounded > 50
 
 
 def joint_tables():
