@@ -4,13 +4,14 @@
     such that one option for every layer and subblock    a joint option is both of its layer's
               a_k + sum_o t_ko x_o <= u_k                for every upper limit, in its scenario
               a_k + sum_o t_ko x_o >= l_k                for every lower limit
-              sum_{o in y} x_o <= cells - d              in a pool: d choices differ from every earlier solution y
+              sum_o e_yo x_o <= 2 layers - d             in a pool: d choices differ from every earlier solution y
 
+e_yo is in how many subblocks, of its one or two, option o has the variant that y has there, whichever rows y is made of.
 How the program is solved and proven is in mip.py. Batch sizes are tried one by one, and the best objective wins.
 """
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import numpy as np
 from puzzle_core import mip, tables
 from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
 from puzzle_core.errors import UserError
-from puzzle_core.problem import HALVES, SCORE, Problem
-from puzzle_core.spec import BLOCK, Architecture, Constraint, Scenario, Solution
+from puzzle_core.problem import SCORE, Problem
+from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, halves
 from puzzle_core.targets import expressible
 
 DRAWS = 16  # of weights, for each other solution of a pool that is wanted
@@ -65,24 +66,38 @@ def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -
     at = problem.scenario
     sizes = list(dict.fromkeys(settings.batch_sizes or [at.batch_size]))
     problems = [problem if size == at.batch_size else problem.at(Scenario(size, at.prompt_len, at.generation_len)) for size in sizes]
-    best, refused = None, []
+    best, refused, bounds = None, [], []
     for number, candidate in enumerate(problems):
         left_s = max(0.0, deadline - time.perf_counter()) / (len(problems) - number)
         constraints = constraints_from(limits, candidate)
+        # totals of different batch sizes compare as the user named them: latency per request, throughput per token
+        unit = unit_of(settings.objective, candidate, candidate.scenario)
         try:
             found = solve(candidate, constraints, left_s, settings.objective)
-        except (InfeasibleError, TimeoutError) as error:
+        except InfeasibleError as error:
             refused.append(error)
             continue
-        # totals of different batch sizes compare as the user named them: latency per request, throughput per token
-        merit = found.value / unit_of(settings.objective, candidate, candidate.scenario)
-        if best is None or merit < best[0]:
-            best = merit, candidate, constraints, found
+        except TimeoutError as error:
+            refused.append(error)
+            bounds.append(_least(candidate, settings.objective) / unit)
+            continue
+        bounds.append(found.bound / unit)
+        if best is None or found.value / unit < best[0]:
+            best = found.value / unit, unit, candidate, constraints, found
     if best is None:
         kind = TimeoutError if any(isinstance(error, TimeoutError) for error in refused) else InfeasibleError
         raise kind("\n".join(map(str, refused)))
-    _, problem, constraints, first = best
+    merit, unit, problem, constraints, first = best
+    if min(bounds) < merit:  # another batch size may have something better: it was given up before that was ruled out
+        first = replace(first, bound=min(first.bound, unit * min(bounds)), status="feasible")
     return list(_pool(problem, constraints, first, settings, deadline))
+
+
+def _least(problem: Problem, objective: str) -> float:
+    """The least that `objective` can be without any limit."""
+    total = lookup(objective, problem)[0]
+    weight_O, _ = problem.shares(total)
+    return problem.total(total, program_of(problem, weight_O, ()).cheapest(weight_O).tolist())
 
 
 def solve(
@@ -122,7 +137,7 @@ def solve(
         scenario=problem.scenario,
         metric=problem.metric,
         score=problem.score(rows),
-        bound=outside + found.bound,
+        bound=math.nextafter(outside + found.bound, -math.inf),
         status="optimal" if found.proven else "feasible",
         seconds=time.perf_counter() - begin,
         totals=problem.totals(rows),
@@ -144,36 +159,43 @@ def program_of(
         sign = 1 if c.lower is None else -1
         share_KO.append(sign * share_O)
         room_K.append(sign * (c.bound - outside) + SLACK * abs(c.bound))
-    cells_O = np.where(problem.half_O == HALVES.index(BLOCK), 2.0, 1.0)
     for solution in unlike:
-        share_O = np.zeros(len(weight_O))
-        rows = problem.rows_of(solution.architecture)
-        share_O[rows] = cells_O[rows]
-        share_KO.append(share_O)
-        room_K.append(2.0 * problem.num_layers - distance + 0.5)
+        same = [[solution.architecture[n, s] == v for s, v in halves(subblock, variant)] for n, subblock, variant in problem.options]
+        share_KO.append(np.array([float(sum(agreeing)) for agreeing in same]))
+        room_K.append(2.0 * problem.num_layers - distance)
     shares = np.array(share_KO).reshape(len(room_K), len(weight_O))
     return mip.Program(problem.layer_O, problem.half_O, weight_O, shares, np.array(room_K))
 
 
-def _pool(problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float) -> Iterator[Solution]:
-    """`first` and others that differ enough, the next best or the best by other weights; fewer where there are no more, or no more time."""
-    if settings.pool_weights > 1:
-        yield from _by_other_weights(problem, constraints, first, settings, deadline)
-        return
+def _pool(problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float) -> list[Solution]:
+    """`first` and others that differ enough, the next best or the best by other weights; fewer where there are no more, or no more time.
+
+    Best first: an unproven `first` may be beaten by what was to come after it, which then has no more proof than `first` had.
+    """
+    others = (_by_other_weights if settings.pool_weights > 1 else _next_best)(problem, constraints, first, settings, deadline)
+    pool = sorted((first, *others), key=lambda solution: solution.value)
+    if pool[0] is not first:
+        pool[0] = replace(pool[0], bound=min(first.bound, pool[0].value), status="feasible")
+    return pool
+
+
+def _next_best(
+    problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float
+) -> list[Solution]:
+    """Each the best that differs enough from `first` and from those before it, which is what its bound and status are about."""
     pool = [first]
-    yield first
     while len(pool) < settings.pool_size and (left_s := deadline - time.perf_counter()) > 0:
         try:
             pool.append(solve(problem, constraints, left_s, settings.objective, unlike=pool, distance=settings.pool_distance))
         except (InfeasibleError, TimeoutError):
-            return
-        yield pool[-1]
+            break
+    return pool[1:]
 
 
 def _by_other_weights(
     problem: Problem, constraints: Sequence[Constraint], first: Solution, settings: Settings, deadline: float
-) -> Iterator[Solution]:
-    """`first`, and what is best where the scores of each kind of variant count more or less, by factors drawn alike in logarithm.
+) -> list[Solution]:
+    """What is best where the scores of each kind of variant count more or less, by factors drawn alike in logarithm.
 
     A score is what is lost before GKD, and of some kinds GKD mends more than of others: of which, children must show. What differs
     too little from an earlier one is passed over, until 16 draws for each solution that is wanted are made.
@@ -192,7 +214,7 @@ def _by_other_weights(
             break
         if all(_differing(found.architecture, other.architecture) >= settings.pool_distance for other in (first, *others)):
             others.append(replace(found, bound=min(first.bound, found.score), status="feasible"))  # the first's bound is of all
-    yield from (first, *sorted(others, key=lambda solution: solution.score))
+    return others
 
 
 def _differing(one: Architecture, other: Architecture) -> int:
@@ -278,7 +300,10 @@ def _with_others(problem: Problem, c: Constraint, constraints: Sequence[Constrai
         found = mip.minimise(program_of(problem, _towards(problem, c), others), time.perf_counter() + left_s)
     except mip.OutOfTimeError:
         return "unknown within the time limit"
-    return as_limit(c, reached(c, problem, found.rows.tolist()), problem) if found else "none, they conflict themselves"
+    if found is None:
+        return "none, they conflict themselves"
+    limit = as_limit(c, reached(c, problem, found.rows.tolist()), problem)
+    return limit if found.proven else f"{limit} or better (time was up before more was ruled out)"
 
 
 def _nearest(problem: Problem, constraints: Sequence[Constraint], deadline: float) -> str:
@@ -303,4 +328,4 @@ def _nearest(problem: Problem, constraints: Sequence[Constraint], deadline: floa
     for c in constraints:
         total = reached(c, problem, rows.tolist())
         words.append(str(c) if holds(c, total) else c.worded(as_limit(c, total, problem)))
-    return " with ".join(words)
+    return " with ".join(words) + ("" if high - low <= 1e-3 * high else " (the nearest until time was up)")

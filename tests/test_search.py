@@ -597,6 +597,84 @@ def test_a_pool_holds_the_next_best_that_differ_enough(distance):
     assert [s.score for s in pool] == pytest.approx([problem.score([problem._row_of[row] for row in rows]) for rows in chosen])
 
 
+def pairings(num_layers=3, seed=0):
+    """A problem whose layers have each pairing of their variants as a joint row too, of about the same score and cost."""
+    random = np.random.default_rng(seed)
+    scores, costs = make_tables(num_layers=num_layers, attention=["parent", "kv1", "no_op"], ffn=["parent", "w384"], seed=seed)
+    joints = [f"{a}+{f}" for a in ("parent", "kv1", "no_op") for f in ("parent", "w384")]
+    values = [(n, v, 0.0 if v == "parent+parent" else float(random.uniform(0.2, 1.5))) for n in range(num_layers) for v in joints]
+    more = pd.DataFrame([(n, "block", v, "kl", value, 100, "") for n, v, value in values], columns=scores.columns)
+    return Problem.from_tables(pd.concat([scores, more], ignore_index=True), costs, "kl", SCENARIO)
+
+
+def apart(one, other):
+    """In how many choices of a subblock's variant two architectures differ, whichever rows they take."""
+    return sum(one[layer, subblock] != variant for layer, subblock, variant in other.items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("distance", [1, 2, 4])
+def test_a_pool_with_joint_rows_is_apart_in_variants_whether_rows_are_joint_or_not(seed, distance):
+    problem = pairings(seed=seed)
+    limits = {"speedup": 1.3}
+    (constraint,) = constraints_from(limits, problem)
+    of_layer = []
+    for layer in range(problem.num_layers):
+        first, second, both = (np.flatnonzero((problem.layer_O == layer) & (problem.half_O == half)).tolist() for half in range(3))
+        of_layer.append([*map(list, itertools.product(first, second)), *([row] for row in both)])
+    choices = [sum(rows, []) for rows in itertools.product(*of_layer)]
+    choices = [rows for rows in choices if problem.total("latency_ms", rows) <= constraint.upper * (1 + 1e-9)]
+    expected = []
+    for rows in sorted(choices, key=problem.score):
+        found = problem.architecture_of(rows)
+        if len(expected) < 6 and all(apart(found, other) >= distance for other, _ in expected):
+            expected.append((found, problem.score(rows)))
+    pool = search.search(problem, limits, search.Settings(pool_size=6, pool_distance=distance))
+    assert [one.score for one in pool] == pytest.approx([score for _, score in expected])
+    assert any(one.architecture.joint for one in pool) and any(len(one.architecture.joint) < 3 for one in pool)
+    by_weights = search.search(problem, limits, search.Settings(pool_size=6, pool_distance=distance, pool_weights=8.0))
+    for some in (pool, by_weights):
+        assert min(apart(a.architecture, b.architecture) for a, b in itertools.combinations(some, 2)) >= distance
+
+
+def test_what_another_batch_size_might_do_better_is_not_called_optimal(monkeypatch):
+    problem = Problem.from_tables(*several_scenarios(), "kl", SCENARIO)
+
+    def late(candidate, *args, **kwargs):
+        if candidate.scenario.batch_size == 8:
+            raise TimeoutError("batch size 8 was given up")
+        return solve(candidate, *args, **kwargs)
+
+    limits = {"throughput_tokens_per_s": 1.5 * problem.parent_totals["throughput_tokens_per_s"]}
+    monkeypatch.setattr(search, "solve", late)
+    (found,) = search.search(problem, limits, search.Settings(batch_sizes=(2, 8)))
+    assert found.scenario.batch_size == 2 and found.status == "feasible"
+    assert found.bound == 0.0 < found.score  # with 8 the parent itself keeps the limit
+
+
+def test_a_pool_is_best_first_where_its_first_was_not_proven_and_its_new_first_is_not_either(monkeypatch):
+    problem, limits = make_problem(num_layers=3), {"speedup": 1.4}
+    best, second = search.search(problem, limits, search.Settings(pool_size=2))
+    unproven = replace(second, status="feasible", bound=0.5 * best.score)
+
+    def hurried(problem, constraints, time_limit_s, *args, unlike=(), **kwargs):
+        return best if unlike else unproven
+
+    monkeypatch.setattr(search, "solve", hurried)
+    pool = search.search(problem, limits, search.Settings(pool_size=2))
+    assert [one.score for one in pool] == [best.score, second.score]
+    assert [(one.status, one.bound) for one in pool] == [("feasible", 0.5 * best.score)] * 2
+
+
+def test_how_far_a_limit_goes_while_the_others_hold_is_no_more_than_what_was_proven(monkeypatch):
+    problem = make_problem(num_layers=2)
+    constraints = constraints_from({"speedup": 2.0, "params_fraction": {"at_least": 0.9}}, problem)
+    minimise = mip.minimise
+    monkeypatch.setattr(mip, "minimise", lambda *args: (found := minimise(*args)) and replace(found, proven=False))
+    with pytest.raises(InfeasibleError, match=r"while the others hold, [0-9.]+ or better \(time was up"):
+        solve(problem, constraints)
+
+
 def test_a_pool_ends_where_nothing_differs_enough():
     problem = make_problem(num_layers=1, attention=["parent", "no_op"], ffn=["parent"])
     assert len(search.search(problem, {}, search.Settings(pool_size=9))) == 2
