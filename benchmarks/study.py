@@ -18,7 +18,7 @@
     libraries     bld and score of each library that a row needs, and one table of costs, by the stages themselves
     choose        the searches: no GPU, and no model
     parent        what the parent answers to evaluation.tasks; needs no library
-    joint         the joint KL of the pool's architectures, of random ones and of the frontier's
+    joint         the joint KL of the pool's architectures, of random ones and of the frontier's; the rows that drop whole layers by it
     speeds        of each chosen architecture, alone on a GPU; needs no library
     heal          GKD of each distinct child, and its quality before and after; before all others at each of --rates
 
@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("pool", int, "solutions; default 16"),
         ("ablation-tokens", int, "of GKD in the rows that compare its losses; default 4,194,304"),
         ("rates", _numbers, "learning rates of GKD to compare on so many tokens; all other rows take the best; default that of gkd.lr"),
+        ("rows", lambda text: text.split(","), "names of rows to make beside the first, e.g. depth-iterative,healed-pool; default all"),
         ("random", int, "random architectures of joint; default 100"),
         ("frontier", int, "architectures of the frontier, of joint; default 20"),
     ):

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.study_rows import LOSSES, Row, Study, groups_of
-from puzzle_core import evaluation, gkd, pools, realised, rivals, search, tables
+from benchmarks.study_rows import DEPTHS, LOSSES, Row, Study, groups_of, predicted
+from puzzle_core import bld, costs, evaluation, gkd, pools, realised, rivals, scoring, search, tables
 from puzzle_core.children import make_child, random_weights
 from puzzle_core.config import fill, plain
 from puzzle_core.constraints import constraints_from
@@ -30,6 +30,7 @@ from puzzle_core.spec import SUBBLOCKS, Architecture, Workload
 from puzzle_core.tasks import Answers, Exam
 
 KEY = ["layer", "subblock", "variant"]
+STAGES = {"bld": bld.VERSION, "score": scoring.VERSION, "profile-hardware": costs.VERSION, "gkd": gkd.VERSION}  # what a row is made by
 
 
 class TokenizedOnce(Corpus):
@@ -38,6 +39,22 @@ class TokenizedOnce(Corpus):
     def __init__(self, *args):
         super().__init__(*args)
         self.sequences = lru_cache(maxsize=6)(self.sequences)
+
+
+@dataclass(frozen=True)
+class ReadAgain:
+    """A corpus whose training text has `epoch_tokens` tokens: who asks for more reads it again, in another order each time."""
+
+    corpus: Corpus
+    epoch_tokens: int
+
+    def sequences(self, split: str, num_tokens: int, seq_len: int, seed: str) -> np.ndarray:
+        if split != "train" or num_tokens <= self.epoch_tokens:
+            return self.corpus.sequences(split, num_tokens, seq_len, seed=seed)
+        num_epochs = math.ceil(num_tokens / self.epoch_tokens)
+        seeds = [seed, *(f"{seed}-epoch{number}" for number in range(1, num_epochs))]
+        epochs = [self.corpus.sequences(split, self.epoch_tokens, seq_len, seed=one) for one in seeds]
+        return np.concatenate(epochs)[: math.ceil(num_tokens / seq_len)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ def load(study: Study) -> Parent:
 
 def made_with(parent: Parent) -> dict:
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
-    return {"machine": hardware_name(parent.device), "versions": versions}
+    return {"machine": hardware_name(parent.device), "versions": versions, "stages": STAGES}
 
 
 class Bench:
@@ -112,9 +129,29 @@ class Bench:
         folder = self.study.folder / library  # with the table that was written beside the weights, of which some may not be needed
         return tables.variant_files(tables.read("library", folder / "library.parquet"), folder / "blocks")
 
+    @cached_property
+    def deciding(self) -> list:
+        """Batches of the text by which architectures are chosen."""
+        return self.pool_text.batches(self.corpus)
+
     def joint_kls(self, library: str, architectures: list[Architecture]) -> list[float]:
-        batches = self.pool_text.batches(self.corpus)
-        return realised.joint_kl(self.parent, architectures, self.weights_of(library), batches, self.pool_text)
+        def weights_of(*row):  # layers that are dropped have none, and no library then
+            return self.weights_of(library)(*row)
+
+        return realised.joint_kl(self.parent, architectures, weights_of, self.deciding, self.pool_text)
+
+    def depth(self, row: Row) -> dict:
+        """What the row's method chooses by the joint KL of whole children, as `Study.choose` writes it of other rows."""
+        start, num_measured, competition = time.perf_counter(), 0, self.study.competition()
+
+        def losses(architectures: list[Architecture]) -> list[float]:
+            nonlocal num_measured
+            num_measured += len(architectures)
+            return self.joint_kls(row.library, architectures)
+
+        chosen = rivals.measured(row.method, *competition, losses)
+        pool = [] if chosen is None else [predicted(competition[0], chosen)]
+        return {"seconds": time.perf_counter() - start, "num_measured": num_measured, "pool": pool}
 
     def heal(self, row: Row, architecture: Architecture, per_gpu: int) -> dict:
         """The child of `architecture` healed as `row` says, measured before and after."""
@@ -128,7 +165,8 @@ class Bench:
             if settings is not None:
                 child = child.float().requires_grad_(True)
                 with tempfile.TemporaryDirectory() as work:
-                    curve = gkd.heal(self.parent, child, self.corpus, settings, self.cfg.seed + row.seed, Path(work))
+                    text = ReadAgain(self.corpus, fill(gkd.Settings, self.cfg.gkd).train_tokens) if row.tokens_of else self.corpus
+                    curve = gkd.heal(self.parent, child, text, settings, self.cfg.seed + row.seed, Path(work))
             clock.append(time.perf_counter())
             rows = evaluation.compare(self.parent.model, child, self.text)
             if not math.isfinite(rows["child"]["kl"]):
@@ -152,8 +190,7 @@ class Bench:
 
     def briefly(self, row: Row, architecture: Architecture) -> dict:
         """The KL of the child of `architecture`, one of the row's pool, after brief GKD; None where that diverges."""
-        batches, settings = self.pool_text.batches(self.corpus), brief_settings(self.study)
-        more = (self.weights_of(row.library), self.corpus, batches, settings, self.cfg.seed + row.seed)
+        more = (self.weights_of(row.library), self.corpus, self.deciding, brief_settings(self.study), self.cfg.seed + row.seed)
         return {"architecture": architecture.to_json(), "kl": pools.healed_kl(self.parent, architecture, *more)}
 
 
@@ -167,7 +204,9 @@ def gkd_settings(study: Study, row: Row) -> gkd.Settings | None:
     if row.rate is not None:
         return brief_settings(study, row.rate)
     if row.losses is None:
-        return replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None, lr=rate_of(study) or study.cfg.gkd.lr)
+        settings = replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None, lr=rate_of(study) or study.cfg.gkd.lr)
+        more = choosing_tokens(study, named(study, row.tokens_of)) if row.tokens_of else 0
+        return replace(settings, train_tokens=settings.train_tokens + more)
     if row.losses == LOSSES["none"]:
         return None
     lm, cosine, kl = row.losses
@@ -178,6 +217,20 @@ def brief_settings(study: Study, rate: float | None = None) -> gkd.Settings:
     """Those of the preset with fewer tokens, at the learning `rate`; None: the best."""
     lr = rate or rate_of(study) or study.cfg.gkd.lr
     return replace(fill(gkd.Settings, study.cfg.gkd), save_every_steps=None, train_tokens=study.asked.ablation_tokens, phases=[], lr=lr)
+
+
+def named(study: Study, name: str) -> Row:
+    return next(row for row in study.rows if row.name == name)
+
+
+def choosing_tokens(study: Study, row: Row) -> int:
+    """On how many tokens children are trained so that the row can choose one."""
+    return len(pool_of(study, row)) * brief_settings(study).num_tokens if row.method == "healed-pool" else 0
+
+
+def tokens_of(study: Study, row: Row) -> int:
+    """On how many tokens children are trained for the row: for choosing its own, and by GKD. BLD's, the library's, are not among them."""
+    return _num_tokens(gkd_json(study, row)) + choosing_tokens(study, row)
 
 
 def rates_left(study: Study) -> list[Row]:
@@ -223,8 +276,10 @@ def all_diverged(study: Study, row: Row) -> bool:
 
 
 def number_of(study: Study, row: Row) -> int | None:
-    """Which of the row's architectures it takes; None where that is not known yet, or there is none."""
+    """Which of the row's architectures it takes; None where that is not known yet, or on how many tokens to train it, or there is none."""
     pool = pool_of(study, row)
+    if row.tokens_of and study.read("chosen", row.tokens_of) is None:
+        return None
     if len(pool) < 2:
         return 0 if pool else None
     if row.method == "healed-pool":
@@ -308,6 +363,8 @@ def architectures_left(study: Study, library: str) -> list[Architecture] | None:
     for row in (row for row in study.rows if row.library == library):
         architecture = architecture_of(study, row)
         if study.read("chosen", row.name) is None:
+            if row.method in DEPTHS:
+                continue  # `joint` chooses among layers that are dropped, which have no weights
             return None
         if needs_measuring(study, row) or row.name in unsettled and architecture is None:
             left += pool_of(study, row)
@@ -424,7 +481,10 @@ def speeds(study: Study, turn: Turn) -> None:
 
 
 def joint(study: Study, turn: Turn) -> None:
-    """The joint KL of the pool's architectures, and, beside the sum of scores, of random ones at each speed-up and the frontier's."""
+    """The joint KL of the pool's architectures, and, beside the sum of scores, of random ones at each speed-up and the frontier's.
+
+    Rows that drop whole layers by joint KL are chosen here.
+    """
     bench = lru_cache(lambda: Bench(study))
     problem, groups = study.problem("full", "kl"), groups_of(study.asked)
 
@@ -443,6 +503,8 @@ def joint(study: Study, turn: Turn) -> None:
         return {"rows": rows}
 
     for row in study.rows:
+        if row.method in DEPTHS:
+            once(study, turn, "chosen", row.name, [], lambda: bench().depth(row))
         if needs_measuring(study, row) and study.has_weights(row.library):
             once(study, turn, "pools", row.name, [], lambda: bench().pool(row))
     for number, (name, speedup) in enumerate(groups.items()):

@@ -9,6 +9,7 @@ import pandas as pd
 
 from benchmarks import demo
 from benchmarks.study_children import (
+    STAGES,
     all_diverged,
     architecture_of,
     brief_kls,
@@ -20,13 +21,14 @@ from benchmarks.study_children import (
     pool_of,
     rate_of,
     speed,
+    tokens_of,
 )
 from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
 from puzzle_core.realised import agreement, rank_correlations
-from puzzle_core.spec import Workload
+from puzzle_core.spec import Workload, without_times
 
 HEADINGS = {
     "mip": "Puzzle at each speed-up",
@@ -38,7 +40,8 @@ HEADINGS = {
     "rates": "Learning rates of GKD",
 }
 FITTED = 1.02  # a child counts as fitted up to so many times the speed-up that was asked for
-COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "after GKD", "perplexity", "same next token",
+TOGETHER = {"pool": ("pool", "tokens")}  # groups that share a heading
+COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "training tokens", "after GKD", "perplexity", "same next token",
            "accuracy retained", "choosing, GKD, s"]  # fmt: skip
 
 
@@ -67,6 +70,7 @@ def gathered(study: Study) -> dict:
         "versions": sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in healed + timed}),
         "per_gpu": sorted({one["per_gpu"] for one in healed}),
         "commands": commands,
+        "stages": STAGES,
         "gpu_minutes": sum(one["seconds"] * one["gpus"] for one in commands) / 60,
         "parent_name": cfg.parent.get("id") or cfg.parent.get("path") or "the parent",
         "parent": next((one["parent"] for one in healed if "parent" in one), None),
@@ -103,17 +107,19 @@ def row_of(study: Study, row: Row) -> dict:
         return known | {"missing": "it found nothing that fits", "search_s": chosen["seconds"]}
     if architecture is None:
         why = "brief GKD of all its children diverged" if all_diverged(study, row) else "the pool's children were not all measured"
+        why = f"{row.tokens_of}, whose tokens it trains on, was not chosen yet" if row.tokens_of else why
         return known | {"missing": why}
     predicted = chosen["pool"][number_of(study, row)]
-    known |= {"search_s": chosen["seconds"], "predicted": {key: value for key, value in predicted.items() if key != "architecture"}}
+    known |= {"search_s": chosen["seconds"], "predicted": without_times({k: v for k, v in predicted.items() if k != "architecture"})}
     known |= {"architecture": " | ".join(" ".join(layer.values()) for layer in predicted["architecture"])}
     known |= {"choosing_s": chosen["seconds"] + deciding_s(study, row)}
     known |= {"pool": pool(study, row, chosen["pool"]), "healing": healing_of(study, row, architecture), "gkd": gkd_json(study, row)}
-    known["timed"] = (speed(study, architecture) or {}).get("child")
+    timed = speed(study, architecture)
+    known |= {"tokens": tokens_of(study, row), "timed": timed and without_times(timed["child"])}  # both times: results/speeds/
     healed = study.read("healed", known["healing"])
     if healed is None:
         return known | {"missing": "not healed"}
-    known |= {key: healed[key] for key in ("before", "after", "held_out", "seconds", "per_gpu", "machine") if key in healed}
+    known |= {key: healed[key] for key in ("before", "after", "held_out", "seconds", "per_gpu", "machine", "stages") if key in healed}
     return known | ({"missing": healed["failed"]} if "failed" in healed else {})
 
 
@@ -187,6 +193,8 @@ def page(found: dict) -> str:
         f"{found['gpu_minutes']:.1f} minutes.",
         f"- GKD: {found['gkd_tokens']:,} tokens for each row; {asked['ablation_tokens']:,} where losses and learning rates are compared, "
         f"and for brief GKD. Learning rate {found['lr']:g}: {found['lr_from']}.",
+        "- Training tokens of a row: its GKD's and, where brief GKD chooses among a pool, those of all its children. Where they differ "
+        "from the first row's, the ratio stands beside them. BLD's are apart: rows share a library, and dropping whole layers needs none.",
         "- KL to the parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores.",
         "- Accuracy retained: child over parent, each less chance, over the tasks on which the parent is two standard errors above chance: "
         f"{', '.join(counted) or 'none'}. Asked were {', '.join(found['tasks']) or 'none'}.",
@@ -195,13 +203,15 @@ def page(found: dict) -> str:
         f"of brief GKD too, are of {' or '.join(map(str, found['per_gpu'])) or 'no'} processes on each GPU at once.", "",
     ]  # fmt: skip
     if parent is not None:
-        speed = f", {found['parent_timed']['throughput_tokens_per_s']:,.0f} generated tokens/s" if found["parent_timed"] else ""
+        timed = found["parent_timed"]
+        speed = f", {timed['throughput_tokens_per_s']:,.0f} generated tokens/s in the fastest of its timings" if timed else ""
         lines += [f"Parent: perplexity {parent['perplexity']:.4g}{speed}.", ""]
     missing = [row for row in rows if "missing" in row]
     lines += [f"{len(rows) - len(missing)} of {len(rows)} rows are there." + (" Missing ones say why." if missing else ""), ""]
+    lines += history(rows, found["stages"])
     lines += in_short(rows, at)
     for group, heading in HEADINGS.items():
-        mine = [row for row in rows if row["group"] == group]
+        mine = [row for row in rows if row["group"] in TOGETHER.get(group, (group,))]
         if not mine:
             continue
         where = "" if group == "mip" else f", at a speed-up of {at:g}"
@@ -243,10 +253,12 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
     known = [name, f"{predicted['speedup']:.2f} ×"]
     if "after" not in row:
         before = f"{row['before']['kl']:.4f}" if "before" in row else ""
-        return [*known, f"missing: {row['missing']}", f"{predicted['kl']:.4f}", before, *[""] * (len(COLUMNS) - 4)]
+        return [*known, f"missing: {row['missing']}", f"{predicted['kl']:.4f}", before, f"{row['tokens']:,}", *[""] * (len(COLUMNS) - 5)]
+    times = row["tokens"] / rows[0].get("tokens", row["tokens"])
     after, realised = row["after"], f"{row['timed']['speedup']:.2f} ×" if row["timed"] else "not timed"
     return [
         *known, realised, f"{predicted['kl']:.4f}", _with_error(row["before"], "kl", "{:.4f}"),
+        f"{row['tokens']:,}" + ("" if times == 1 else f" ({times:.2g} ×)"),
         _with_error(after, "kl", "{:.4f}") if row["gkd"] else "not trained", f"{after['perplexity']:.2f}", f"{after['top1_agreement']:.1%}",
         _with_error(after, "accuracy_retained", "{:.1%}"), f"{row['choosing_s']:.1f}, {row['seconds']['heal']:.0f}",
     ]  # fmt: skip
@@ -274,10 +286,10 @@ def in_short(rows: list[dict], at: float) -> list[str]:
     mine, best, lines = rows[0], best_other(rows), []
     if "after" not in mine:
         return []
-    kl = mine["after"]["kl"]
+    kl, budget = mine["after"]["kl"], mine["tokens"]
     if "accuracy_retained" in mine["after"]:
         lines.append(f"- Accuracy over chance retained at {at:g} ×: {_with_error(mine['after'], 'accuracy_retained', '{:.1%}')}; aim 95 %.")
-    lines.append(f"- KL after GKD at {at:g} ×: {kl:.4f}; aim 25 % less than the best rival's.")
+    lines.append(f"- KL after {budget:,} tokens of GKD at {at:g} ×: {kl:.4f}; aim 25 % less than the best rival's.")
     if same := same_child(rows):
         lines.append(f"- The very child that the MIP chose was chosen by: {', '.join(same)}. Its KL is 0 % less than theirs.")
     if best:
@@ -285,12 +297,33 @@ def in_short(rows: list[dict], at: float) -> list[str]:
         lines.append(f"- The best of the rivals' other children ({best['title']}): KL {least:.4f}; the MIP's is {_less(kl, least)}.")
     for row in (row for row in rows if row["group"] == "pool" and "after" in row and row["healing"] != mine["healing"]):
         of_pool, kept = row["after"]["kl"], _with_error(row["after"], "accuracy_retained", "{:.1%}")
-        known = f"KL after GKD {of_pool:.4f}, {_less(of_pool, kl)} than the MIP's"
+        known = f"KL {of_pool:.4f} after {row['tokens']:,} tokens in all, {_less(of_pool, kl)} than the MIP's"
+        if row["tokens"] != budget:
+            known += f" after {budget:,}; {_as_many(row, rows)}"
         lines.append(f"- The {label(row)}: {known}{kept and f'; accuracy over chance retained {kept}'}.")
     alike = [row for row in rows if row["speedup_asked"] == at and "after" in row and row["gkd"]]
     if (nearest := min(alike, key=lambda row: row["after"]["kl"]))["healing"] != mine["healing"]:
-        lines.append(f"- The least KL after GKD of all children at {at:g} ×: {nearest['after']['kl']:.4f} ({label(nearest)}).")
+        what = f"{label(nearest)}, {nearest['tokens']:,} tokens"
+        lines.append(f"- The least KL after GKD of all children at {at:g} ×: {nearest['after']['kl']:.4f} ({what}).")
     return [*lines, ""] if lines else []
+
+
+def _as_many(row: dict, rows: list[dict]) -> str:
+    """What the MIP's own child made of as many training tokens as the row took."""
+    same = next((other for other in rows if other["group"] == "tokens" and other.get("tokens") == row["tokens"]), {})
+    known = f"KL {same['after']['kl']:.4f}" if "after" in same else "not measured"
+    return f"the MIP's own child with as many: {known}"
+
+
+def history(rows: list[dict], stages: dict[str, int]) -> list[str]:
+    """Which rows another version of the stages made: their figures and those of this version are not to be compared."""
+    old = [row["name"] for row in rows if "after" in row and row.get("stages") != stages]
+    if not old:
+        return []
+    now = ", ".join(f"{name} {number}" for name, number in stages.items())
+    which = f"all {len(old)}" if len(old) == sum("after" in row for row in rows) else ", ".join(old)
+    text = f"Of the rows that are there, {which} were made by an earlier version of the stages; this one is {now}. Versions differ in how "
+    return [text + "text is split and variants are trained, scored and timed: rows of different versions are not to be compared.", ""]
 
 
 def _less(value: float, other: float) -> str:
@@ -304,17 +337,19 @@ def headline(found: dict) -> str:
         return ""
     after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
     kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
-    others = [row for row in found["rows"] if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
+    rows, budget = found["rows"], f"{mine['tokens']:,} tokens"
+    others = [row for row in rows if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
     same = same_child(found["rows"])
     beside = [f"{' and '.join(same)} choose the same child"] if same else []
-    beside += [f"best other child of a rival, {best['title']}: {best['after']['kl']:.3f}"] if best else []
+    beside += [f"best other child of a rival, {best['title']}, after {best['tokens']:,}: {best['after']['kl']:.3f}"] if best else []
     for row in others:
-        tokens = f"{found['asked']['ablation_tokens'] * len(row['pool']):,} tokens more"
-        beside.append(f"{label(row)}, for {tokens}: {row['after']['kl']:.3f}")
+        beside.append(f"{label(row)}, after {row['tokens']:,} tokens in all: {row['after']['kl']:.3f}; {_as_many(row, rows)}")
     rival = f" ({'; '.join(beside)})" if beside else ""
+    old = " An earlier version of the stages made these rows." if history(rows, found["stages"]) else ""
     return (
         f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
-        f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])},{kept} has a KL to it of {after['kl']:.3f}{rival}. "
+        f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])},{kept} has a KL to it of {after['kl']:.3f} after "
+        f"{budget} of GKD{rival}.{old} "
         f"All of the study took {found['gpu_minutes']:.0f} GPU minutes. Written by `python -m benchmarks.study page`."
     )
 
@@ -355,7 +390,8 @@ def foretold(rows: list[dict], at: float) -> dict[str, dict[str, float | int]]:
     Over all of them, and over those that were fitted to the speed-up `at`, which is what a choice is made of; not over fewer than 3. The
     held-out KL during GKD is that of the same run's first look, where there is one before the last.
     """
-    distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in ("losses", "rates")}
+    others = ("losses", "rates", "tokens")  # with fewer tokens, or more
+    distinct = {row["healing"]: row for row in rows if "after" in row and row["seed"] == 0 and row["group"] not in others}
     fitted = [row for row in distinct.values() if at <= row["predicted"]["speedup"] <= FITTED * at]
     groups = {
         "all": list(distinct.values()),

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from puzzle_core import rivals, search, tables
 from puzzle_core.config import composed, fill, plain
 from puzzle_core.constraints import constraints_from
+from puzzle_core.errors import UserError
 from puzzle_core.files import atomic, read_json, write_json
 from puzzle_core.problem import Problem
-from puzzle_core.spec import Architecture, Workload
+from puzzle_core.spec import Architecture, Constraint, Workload, did_you_mean
 from puzzle_core.targets import expressible
 
 LIBRARIES = {  # name: overrides of the stage bld
@@ -26,8 +27,13 @@ RIVALS = {
     "random": "random architecture that fits",
     "greedy": "greedy",
     "uniform": "the same pair of variants in every layer",
-    "depth": "whole layers dropped",
+    "depth": "whole layers dropped, by the sum of their scores",
     "rl": "reinforcement learning",
+}
+DEPTHS = {  # rivals that choose by the joint KL of whole children: they need the parent, and are chosen by `joint`
+    "depth-alone": "whole layers dropped, by the KL of each alone",
+    "depth-run": "a run of neighbouring layers dropped, by joint KL",
+    "depth-iterative": "layers dropped one after the other, each by joint KL",
 }
 POOLS = {  # how others than the best are found, of which one is taken once their children are measured, or healed briefly and measured
     "pool": {},  # search.pool_distance apart
@@ -55,6 +61,7 @@ class Asked:
     pool: int = 16  # solutions of each of POOLS
     ablation_tokens: int = 4_194_304  # of GKD, for the rows that compare its losses
     rates: list[float] = field(default_factory=list)  # of GKD's learning, compared with as few tokens; the best is all other rows'
+    rows: list[str] = field(default_factory=list)  # names of those to make beside the first; none: all
     random: int = 100  # architectures whose joint KL is held against the sum of scores
     frontier: int = 20  # and so many of the frontier's
 
@@ -73,23 +80,40 @@ class Row:
     seed: int = 0  # of GKD
     losses: tuple[float, float, float] | None = None  # weights of LM, cosine and KL; None: those of the preset
     rate: float | None = None  # of learning; None: the best of those that are compared
+    tokens_of: str | None = None  # the row that trained on as many tokens, those for choosing among its pool's children too; None: GKD's
 
 
 def rows_of(asked: Asked) -> list[Row]:
-    """All rows: first those that need a library of their own, then those that matter most if time is short."""
+    """The rows that are asked for; ValueError for a name that no row has, or a row without the one that it is compared with."""
+    rows = _all_rows(asked)
+    names = [row.name for row in rows]
+    for name in asked.rows:
+        if name not in names:
+            raise UserError(f"--rows: no row '{name}'.{did_you_mean(name, names)} Known: {', '.join(names)}.")
+    chosen = [row for row in rows if not asked.rows or row.name in (names[0], *asked.rows)]
+    for row in chosen:
+        if row.tokens_of not in (None, *(other.name for other in chosen)):
+            raise UserError(f"--rows: {row.name} trains on as many tokens as {row.tokens_of}, which is not among the rows: name it too")
+    return chosen
+
+
+def _all_rows(asked: Asked) -> list[Row]:
+    """First those that need a library of their own, then those that matter most if time is short."""
     at = asked.compared_at
     rows = [
         Row(f"mip-{at:g}-0", "mip", "Puzzle: MIP on the full library", at),
         Row("initialised", "libraries", "without BLD: initialisation only", at, library="initialised"),
         Row("unrefitted", "libraries", "without ridge refit", at, library="unrefitted"),
     ]
-    rows += [Row(method, "rivals", title, at, method=method) for method, title in RIVALS.items()]
+    rows += [Row(method, "rivals", title, at, method=method) for method, title in (RIVALS | DEPTHS).items()]
     rows += [Row(f"mip-{speedup:g}-0", "mip", rows[0].title, speedup) for speedup in asked.speedups if speedup != at]
     rows += [Row("pool", "pool", "best of a pool by joint KL", at, method="pool")]
     for metric in ("lm_loss", "cosine_distance", "top1_disagreement"):
         rows.append(Row(metric, "scores", f"{metric.replace('_', ' ')} as score", at, metric=metric))
     rows += [Row(f"losses-{name}", "losses", name.replace("-", " + "), at, losses=losses) for name, losses in LOSSES.items()]
     rows.append(Row("healed-pool", "pool", "best of a pool by KL after brief GKD", at, method="healed-pool"))
+    title = f"{rows[0].title}, GKD with as many tokens as the pool that is healed briefly"
+    rows.append(Row(f"mip-{at:g}-tokens", "tokens", title, at, tokens_of="healed-pool"))
     rows += [Row(f"rate-{rate:g}", "rates", f"learning rate {rate:g}", at, rate=rate) for rate in asked.rates]
     speedups = sorted(asked.speedups, key=lambda speedup: speedup != at)
     more = [(speedup, seed) for speedup in speedups for seed in range(1, asked.seeds)]
@@ -98,7 +122,9 @@ def rows_of(asked: Asked) -> list[Row]:
 
 def groups_of(asked: Asked) -> dict[str, float | None]:
     """Groups of architectures whose joint KL is held against the sum of scores: random ones at a speed-up, or the frontier's."""
-    return {f"random-{speedup:g}": speedup for speedup in asked.speedups} | {"frontier": None}
+    return ({f"random-{speedup:g}": speedup for speedup in asked.speedups} if asked.random else {}) | (
+        {"frontier": None} if asked.frontier else {}
+    )
 
 
 class Study:
@@ -113,9 +139,10 @@ class Study:
         path = self.results / "asked.json"
         if not path.exists():
             asked = Asked(**given)
+            rows_of(asked)
             check(self.composed(asked))
             write_json(path, asdict(asked))
-        begun = read_json(path)
+        begun = asdict(Asked(**read_json(path)))  # with what could not be asked yet when it was begun
         for key, value in given.items():
             if begun[key] != value:
                 raise ValueError(f"{path}: the study was begun with {key} {begun[key]}, not {value}; take another --out, or leave it out")
@@ -177,13 +204,15 @@ class Study:
         return (self.folder / library / "library.parquet").exists()
 
     def choose(self, until: float) -> None:
-        """Write results/chosen/ROW.json for every row whose tables are there: the architectures that it chooses from."""
+        """Write results/chosen/ROW.json for every row whose tables are all that it needs: the architectures that it chooses from."""
         for row in self.rows:
             needed = [self.results / "tables" / name for name in (f"{row.library}/scores.parquet", "costs/costs.parquet")]
-            if not self.file("chosen", row.name).exists() and all(path.exists() for path in needed) and time.time() < until:
+            if row.method in DEPTHS or not all(path.exists() for path in needed):
+                continue
+            if not self.file("chosen", row.name).exists() and time.time() < until:
                 seconds, architectures = self._chosen(row)
                 problem = self.problem(row.library, "kl")
-                pool = [_predicted(problem, one) for one in architectures]
+                pool = [predicted(problem, one) for one in architectures]
                 write_json(self.file("chosen", row.name), {"seconds": seconds, "pool": pool})
                 print(f"{row.name}: " + (f"sum of KL scores {pool[0]['kl']:.4g}" if pool else "nothing that fits") + f", {seconds:.1f} s")
 
@@ -201,11 +230,14 @@ class Study:
             found = []
         return time.perf_counter() - start, [solution.architecture for solution in found]
 
+    def competition(self) -> tuple[Problem, tuple[Constraint, ...], rivals.Settings]:
+        """What the rivals are given."""
+        problem = self.problem("full", "kl")
+        return problem, constraints_from(self.limits(self.asked.compared_at), problem), fill(rivals.Settings, self.cfg.rivals)
+
     @functools.cached_property
     def _rivals(self) -> list[rivals.Entry]:
-        problem = self.problem("full", "kl")
-        limits = constraints_from(self.limits(self.asked.compared_at), problem)
-        return rivals.compete(problem, limits, fill(rivals.Settings, self.cfg.rivals))
+        return rivals.compete(*self.competition())
 
 
 @functools.cache
@@ -214,7 +246,7 @@ def _read(name: str, path: Path) -> pd.DataFrame:
     return tables.read(name, path)
 
 
-def _predicted(problem: Problem, architecture: Architecture) -> dict:
+def predicted(problem: Problem, architecture: Architecture) -> dict:
     rows = problem.rows_of(architecture)
     totals = problem.totals(rows)
     speedup = problem.parent_totals["latency_ms"] / totals["latency_ms"]

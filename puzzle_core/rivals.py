@@ -4,12 +4,19 @@
     greedy          from the parent, again and again the replacement that saves most per score lost, until all limits hold
     uniform         the same attention and FFN variant in every layer: the best such pair
     max_parameters  as many parameters as fit, scores unseen
-    depth           whole layers dropped, the rest as in the parent: the best such set by the same scores
+    depth           whole layers dropped, the rest as in the parent: the set of the least sum of the same scores
     random          an optimum of random scores, so that it fits
+
+Scores are measured one subblock at a time, which is unfair to dropping layers. MEASURED has three ways that go by what whole children lose,
+which a function that they are given measures:
+
+    depth-alone     the set of the least sum of what each layer loses when it alone is dropped
+    depth-run       a run of neighbouring layers: of the shortest from each start, the one whose child loses least
+    depth-iterative one layer after the other, each the one without which the child loses least then
 """
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +24,9 @@ import numpy as np
 from puzzle_core import mip
 from puzzle_core.problem import Problem
 from puzzle_core.search import program_of, solve
-from puzzle_core.spec import BLOCK, NO_OP, PARENT, Architecture, Constraint, Joint, Variant
+from puzzle_core.spec import BLOCK, NO_OP, PARENT, SUBBLOCKS, Architecture, Constraint, Joint
+
+Loss = Callable[[list[Architecture]], list[float]]  # of each architecture's child, measured
 
 
 @dataclass(frozen=True)
@@ -211,25 +220,72 @@ def random_architectures(problem: Problem, constraints: Sequence[Constraint], nu
 
 def depth(problem: Problem, program: mip.Program, settings: Settings, random: np.random.Generator) -> np.ndarray | None:
     """Each layer is the parent's or nothing: a program of two options a layer, each the sum of its rows."""
-    there = set(problem.options)
-    pairs = []  # (layer, rows)
+    whole = _whole_layers(problem)
+    return _lightest_set(whole, {key: program.weight_O[rows].sum() for key, rows in whole.items()}, program, settings)
+
+
+def depth_alone(problem: Problem, program: mip.Program, settings: Settings, loss_of: Loss) -> np.ndarray | None:
+    whole = _whole_layers(problem)
+    alone = [layer for layer, dropped in whole if dropped]
+    losses = loss_of([without(problem, [layer]) for layer in alone]) if alone else []
+    weights = dict.fromkeys(whole, 0.0) | {(layer, True): loss for layer, loss in zip(alone, losses, strict=True)}
+    return _lightest_set(whole, weights, program, settings)
+
+
+def depth_run(problem: Problem, program: mip.Program, settings: Settings, loss_of: Loss) -> np.ndarray | None:
+    droppable, shortest = {layer for layer, dropped in _whole_layers(problem) if dropped}, {}
+    for first in range(problem.num_layers):
+        for run in (range(first, end) for end in range(first, problem.num_layers + 1)):
+            if first not in shortest and droppable.issuperset(run) and program.fits(_without(problem, run)):
+                shortest[first] = run
+    if not shortest:
+        return None
+    runs = list(shortest.values())
+    losses = loss_of([without(problem, run) for run in runs])
+    return _without(problem, runs[losses.index(min(losses))])
+
+
+def depth_iterative(problem: Problem, program: mip.Program, settings: Settings, loss_of: Loss) -> np.ndarray | None:
+    dropped, left = [], [layer for layer, gone in _whole_layers(problem) if gone]
+    while not program.fits(_without(problem, dropped)):
+        if not left:
+            return None
+        losses = loss_of([without(problem, [*dropped, layer]) for layer in left])
+        dropped.append(left.pop(losses.index(min(losses))))
+    return _without(problem, dropped)
+
+
+def without(problem: Problem, dropped: Collection[int]) -> Architecture:
+    """The parent without the layers `dropped`."""
+    return problem.architecture_of(_without(problem, dropped).tolist())
+
+
+def _without(problem: Problem, dropped: Collection[int]) -> np.ndarray:
+    whole = _whole_layers(problem)
+    return np.concatenate([whole[layer, layer in dropped] for layer in range(problem.num_layers)])
+
+
+def _whole_layers(problem: Problem) -> dict[tuple[int, bool], list[int]]:
+    """By layer and whether it is dropped, the options that say so; no entry where the tables cannot."""
+    row_of, whole = {option: row for row, option in enumerate(problem.options)}, {}
     for layer in range(problem.num_layers):
-        for variant in (PARENT, NO_OP):
-            for joint in ((), (layer,)):
-                options = _rows(layer, variant, bool(joint))
-                if there.issuperset(options):
-                    pairs.append((layer, [problem.options.index(option) for option in options]))
-                    break
-    sums = [[program.weight_O[rows].sum(), *program.share_KO[:, rows].sum(axis=1)] for _, rows in pairs]
-    columns = np.array(sums).T
-    layer_O = np.array([layer for layer, _ in pairs])
-    tied = mip.Program(layer_O, np.full(len(pairs), mip.BOTH), columns[0], columns[1:].reshape(-1, len(pairs)), program.room_K)
-    chosen = _lightest(tied, columns[0], settings)
-    return None if chosen is None else np.concatenate([pairs[index][1] for index in chosen])
+        for dropped, variant in ((False, PARENT), (True, NO_OP)):
+            halves = [(layer, subblock, variant) for subblock in SUBBLOCKS]
+            for options in (halves, [(layer, BLOCK, Joint(variant, variant))]):
+                if row_of.keys() >= set(options):
+                    whole.setdefault((layer, dropped), [row_of[option] for option in options])
+    return whole
 
 
-def _rows(layer: int, variant: Variant, joint: bool) -> list[tuple]:
-    return [(layer, BLOCK, Joint(variant, variant))] if joint else [(layer, "attention", variant), (layer, "ffn", variant)]
+def _lightest_set(
+    whole: dict[tuple[int, bool], list[int]], weights: dict[tuple[int, bool], float], program: mip.Program, settings: Settings
+) -> np.ndarray | None:
+    """One entry of `whole` for each layer, of the least sum of `weights`."""
+    layer_O, weight_O = np.array([layer for layer, _ in whole]), np.array([weights[key] for key in whole])
+    share_KO = np.array([program.share_KO[:, rows].sum(axis=1) for rows in whole.values()]).T
+    tied = mip.Program(layer_O, np.full(len(whole), mip.BOTH), weight_O, share_KO.reshape(-1, len(whole)), program.room_K)
+    chosen, options = _lightest(tied, weight_O, settings), list(whole.values())
+    return None if chosen is None else np.concatenate([options[index] for index in chosen])
 
 
 def _lightest(program: mip.Program, weight_O: np.ndarray, settings: Settings) -> np.ndarray | None:
@@ -249,3 +305,10 @@ RIVALS = {
     "depth": depth,
     "random": random_scores,
 }
+MEASURED = {"depth-alone": depth_alone, "depth-run": depth_run, "depth-iterative": depth_iterative}
+
+
+def measured(method: str, problem: Problem, constraints: Sequence[Constraint], settings: Settings, loss_of: Loss) -> Architecture | None:
+    """What a method of MEASURED chooses; None where it finds nothing that fits."""
+    rows = MEASURED[method](problem, program_of(problem, problem.score_O, constraints), settings, loss_of)
+    return None if rows is None else problem.architecture_of(rows.tolist())
