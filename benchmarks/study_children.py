@@ -260,7 +260,7 @@ def needs_measuring(study: Study, row: Row) -> bool:
 
 def brief_names(study: Study, row: Row) -> list[str]:
     """The name of what comes of brief GKD, of each architecture of the row's pool."""
-    settings = asdict(brief_settings(study))
+    settings = brief_settings(study).determining
     return [fingerprint(origins(study, row.library, one), one.to_json(), settings, row.seed) for one in pool_of(study, row)]
 
 
@@ -296,7 +296,8 @@ def architecture_of(study: Study, row: Row) -> Architecture | None:
 
 def healing_of(study: Study, row: Row, architecture: Architecture) -> str:
     """The name of what becomes of the row's child: the same for rows that differ in nothing that determines it."""
-    settings = gkd_json(study, row)
+    settings = gkd_settings(study, row)
+    settings = settings and settings.determining
     return fingerprint(origins(study, row.library, architecture), architecture.to_json(), settings, row.seed if settings else None)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from puzzle_core.children import load_child, save_child
 from puzzle_core.corpus import Corpus
@@ -32,6 +34,8 @@ from puzzle_core.spec import did_you_mean
 
 VERSION = 4  # raise when a change here or in losses.py changes what the distilled child is
 RECORD = "distillation.json"  # in a distilled child's folder: what made it
+# Settings that change rounding at most: no part of a fingerprint.
+HOW = ("micro_batch_size", "head_tokens", "gradient_checkpointing", "compile", "log_every_steps", "save_every_steps", "shard", "phases")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Settings:
     grad_clip: float
     kl_weight: float
     cosine_weight: float
-    save_every_steps: int | None  # None: nothing to go on from
+    save_every_steps: int | None  # None: nothing for a killed run to go on from
     lm_weight: float = 0.0
     temperature: float = 1.0  # of the KL
     micro_batch_size: int | None = None  # sequences of a process at a time; None: its whole share of a step
@@ -57,7 +61,7 @@ class Settings:
     parent_dtype: str | None = None  # None: its own
     log_every_steps: int = 1
     eval_every_steps: int | None = None  # None: before the first step and after the last
-    eval_tokens: int = 0  # held out; 0: not measured, and the last state is kept rather than the best
+    eval_tokens: int = 0  # of development text; 0: not measured, and the last state is kept, which may be worse than the child was
     shard: bool = False  # FSDP2 over the processes of a launch, parent and child
     phases: list[dict] = field(default_factory=list)  # what follows: each the keys that differ from those above
 
@@ -69,9 +73,16 @@ class Settings:
             raise UserError(f"{where}: temperature is {self.temperature:g}, expected more than 0")
         if self.parent_dtype not in (None, "float32", "bfloat16", "float16"):
             raise UserError(f"{where}: parent_dtype is '{self.parent_dtype}'; expected float32, bfloat16, float16 or null")
-        known = {f.name for f in fields(self)} - {"phases"}
+        known = {f.name for f in fields(self)} - {"phases", "shard"}
         for key in (key for phase in self.phases for key in phase if key not in known):
             raise UserError(f"{where}: a phase has the unknown key '{key}'.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}.")
+        if len({phase.get("eval_tokens", self.eval_tokens) > 0 for phase in [{}, *self.phases]}) > 1:
+            raise UserError(f"{where}: eval_tokens is 0 in one phase and not in another; measure all of them, or none")
+
+    @property
+    def determining(self) -> list[dict]:
+        """Of each phase the settings that decide what the child is; the others say how the work is done."""
+        return [{name: value for name, value in asdict(phase).items() if name not in HOW} for phase in self.each_phase()]
 
     @property
     def weights(self) -> Weights:
@@ -97,23 +108,51 @@ class Settings:
         return size, self.batch_size // (size * world_size)
 
 
-class Distiller(Trainer):
-    """transformers' Trainer of a child whose forward gives losses, measured on held-out text at intervals."""
+class Resumed(TrainerCallback):
+    """What a checkpoint does not know by itself: how often this run logs, saves and measures, and what was summed up since the last log."""
 
-    def __init__(self, settings: Settings, held_out: list[Tensor], **kwargs):
-        """`held_out`: [B, T] token batches, those of this process."""
+    def __init__(self, trainer: "Distiller"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+        kept = state.stateful_callbacks.get("Distiller")
+        if kept and self.trainer.is_world_process_zero():  # the others begin at 0
+            self.trainer.sums = {name: torch.tensor(total, device=args.device) for name, total in kept["sums"].items()}
+            self.trainer.num_sequences = kept["num_sequences"]
+
+
+class Distiller(Trainer):
+    """transformers' Trainer of a child whose forward gives losses, measured on held-out text at intervals.
+
+    Of the states that are measured the one with the lowest KL is kept: before the first step, on the way, after the last.
+    """
+
+    def __init__(self, settings: Settings, held_out: list[Tensor], given: list[Tensor] | None = None, **kwargs):
+        """`held_out`: [B, T] token batches, those of this process. `given`: weights, as of `_weights`, that are a state too."""
         super().__init__(**kwargs)
-        self.settings, self.held_out = settings, held_out
-        self.parts: dict[str, Tensor] = {}  # sums over what was trained on since the last log, on the device
-        self.num_parts = 0
+        self.add_callback(Resumed(self))
+        self.settings, self.held_out, self.given = settings, held_out, given
+        self.sums: dict[str, Tensor] = {}  # of losses, over the sequences trained on since the last log, on the device
+        self.num_sequences = 0
+        self.kept, self.kept_step = (_weights(self.model) if held_out else None), 0  # the best state that is in no checkpoint
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation must divide it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = model(input_ids=inputs["input_ids"])
-        loss = losses.pop("loss")
-        self.parts = {name: self.parts.get(name, 0.0) + value.detach() for name, value in losses.items()}
-        self.num_parts += 1
-        return (loss, losses) if return_outputs else loss
+        losses, num = model(input_ids=inputs["input_ids"]), len(inputs["input_ids"])
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach() * num for name, value in losses.items()}
+        self.num_sequences += num
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def _totals(self) -> tuple[dict[str, float], int]:
+        """The sums of all processes, and of how many sequences."""
+        sums = {name: self.accelerator.reduce(self.sums[name], "sum").item() for name in sorted(self.sums)}
+        return sums, self.accelerator.reduce(torch.tensor(self.num_sequences, device=self.args.device), "sum").item()
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        sums, num_sequences = self._totals()
+        self.state.stateful_callbacks["Distiller"] = {"sums": sums, "num_sequences": num_sequences}
+        super()._save_checkpoint(*args, **kwargs)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: it would walk through all parameters at every step."""
@@ -127,34 +166,81 @@ class Distiller(Trainer):
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise NotFiniteError(f"gkd loss is {logs['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
-            means = {name: self.accelerator.reduce(total / self.num_parts, "mean").item() for name, total in self.parts.items()}
-            logs, self.parts, self.num_parts = {**logs, **means}, {}, 0
+            sums, num = self._totals()
+            means = {name: total / num for name, total in sums.items()}  # Trainer's own loss is of what came after a kill alone
+            if not math.isfinite(means["loss"]):
+                raise NotFiniteError(f"gkd loss is {means['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
+            logs, self.sums, self.num_sequences = {**logs, **means}, {}, 0
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """KL to the parent in nats a token and perplexity on held-out text; a state better than all before is saved."""
-        means = [self.model_wrapped(input_ids=ids.to(self.args.device), held_out=True) for ids in self.held_out]
-        kl, lm = (torch.stack([mean[name] for mean in means]).double().mean() for name in ("kl", "lm"))
-        kl, lm = (self.accelerator.reduce(mean, "mean").item() for mean in (kl, lm))
-        metrics = {"eval_kl": kl, "eval_perplexity": math.exp(lm)}
+        """KL to the parent in nats a token and perplexity on held-out text; a state better than all before is kept.
+
+        Before the first step also the KL of the weights `given`.
+        """
+        step = self.state.global_step
+        kl, lm = self._means()
+        if not math.isfinite(kl):
+            why = "lower `lr` in conf/gkd/" if step else "the child, as it was given, overflows"
+            raise NotFiniteError(f"gkd: held-out KL is {kl} after step {step}: {why}")
+        metrics = {"eval_kl": kl, "eval_perplexity": math.exp(lm) if lm < 700 else None}  # what a float can hold
+        if not step:
+            metrics["given_kl"] = kl if self.given is None else self._kl_of_given()
+            self.state.best_metric, self.state.best_global_step = min(kl, metrics["given_kl"]), 0
+        elif kl < self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = kl, step
+            if self.settings.save_every_steps is None:
+                self.kept, self.kept_step = _weights(self.model), step
+            else:
+                self.control.should_save = True
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control.should_save |= self.settings.save_every_steps is not None and self._is_best(kl)
         return metrics
 
-    def _is_best(self, kl: float) -> bool:
-        """Of what was trained: what the child was before the first step is not kept."""
-        return self.state.global_step > 0 and (self.state.best_metric is None or kl < self.state.best_metric)
+    def _means(self) -> tuple[float, float]:
+        """KL and cross-entropy on the held-out text of all processes, nats a token."""
+        means = [self.model_wrapped(input_ids=ids.to(self.args.device), held_out=True) for ids in self.held_out]
+        kl, lm = (torch.stack([mean[name] for mean in means]).double().mean() for name in ("kl", "lm"))
+        return self.accelerator.reduce(kl, "mean").item(), self.accelerator.reduce(lm, "mean").item()
+
+    def _kl_of_given(self) -> float:
+        _put(self.model, self.given)
+        kl, _ = self._means()
+        _put(self.model, self.kept)
+        return kl
 
     def load_best(self) -> None:
         """Go back to the best state, if it is not the last one."""
-        best = self.state.best_model_checkpoint
-        if best is not None and self.state.best_global_step != self.state.global_step:
-            print(f"gkd: held-out KL was lowest after step {self.state.best_global_step}, which is kept")
+        best = self.state.best_global_step
+        if not self.held_out or best == self.state.global_step:
+            return
+        begun = next(row for row in self.state.log_history if "given_kl" in row)
+        if best == 0 and begun["given_kl"] < begun["eval_kl"]:
+            _put(self.model, self.given)
+        elif best == self.kept_step:
+            _put(self.model, self.kept)
+        else:
             self._load_best_model()
+
+
+def _parameters(model: PreTrainedModel) -> list[Tensor]:
+    """Each once; of a sharded model the part that this process has."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is outside the layers stays whole after a forward pass
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+def _weights(model: PreTrainedModel) -> list[Tensor]:
+    """A copy of the parameters, in main memory."""
+    return [parameter.to("cpu", copy=True) for parameter in _parameters(model)]
+
+
+def _put(model: PreTrainedModel, weights: list[Tensor]) -> None:
+    """Let the parameters be what `_weights` copied."""
+    for parameter, value in zip(_parameters(model), weights, strict=True):
+        parameter.copy_(value)
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
@@ -174,7 +260,7 @@ def run_fingerprint(child: Path, settings: Settings, *determined_by: object) -> 
     for file in sorted([*child.glob("*.safetensors"), *child.glob("config.json")]):
         with open(file, "rb") as handle:
             content.append((file.name, hashlib.file_digest(handle, "sha256").hexdigest()))
-    return fingerprint(VERSION, asdict(settings), content, *determined_by)
+    return fingerprint(VERSION, settings.determining, content, *determined_by)
 
 
 @contextmanager
@@ -223,14 +309,23 @@ def heal(
 ) -> list[dict[str, float]]:
     """Train `child` (float32) in place on text of `corpus`, phase after phase; leave it in the parent's dtype.
 
-    Returns the curve: rows of step, loss, its parts, learning_rate; and rows of step, held_out_kl, held_out_perplexity.
-    A sharded child stays sharded and in float32: `whole` brings it together.
+    Returns the curve: rows of step, loss, its parts, learning_rate; and rows of step, held_out_kl, held_out_perplexity, of which the first
+    of each phase has also given_kl, that of the child as it was given.
+    Where text is held out, no phase leaves a child that is farther from the parent on it than the child that it, or this function, was
+    given. A sharded child stays sharded and in float32: `whole` brings it together.
     """
     curve: list[dict[str, float]] = []
+    if settings.shard and ranks.world_size > 1:
+        shard(child)
+    if not settings.eval_tokens and ranks.first:
+        warnings.warn("gkd.eval_tokens is 0: no states are compared: the child may end farther from the parent than it was", stacklevel=2)
+    given = _weights(child) if settings.phases and settings.eval_tokens else None
+    kind = "-sharded" if isinstance(child, FSDPModule) else ""  # neither reads the other's checkpoints
     for number, phase in enumerate(settings.each_phase()):
         suffix, done = f"-{number}" if number else "", max((row["step"] for row in curve), default=0)
         sequences, held_out = _whole_batches(corpus, phase, f"gkd-{seed}{suffix}")
-        rows = distill(parent.model, child, list(sequences), phase, seed, work / f"phase{suffix}", list(held_out), ranks)
+        where = (seed, work / f"phase{suffix}{kind}")
+        rows = distill(parent.model, child, list(sequences), phase, *where, list(held_out), ranks, given if number else None)
         curve += [{**row, "step": row["step"] + done} for row in rows]
     if not isinstance(child, FSDPModule):
         _cast(child.eval(), parent.model.dtype)
@@ -262,11 +357,36 @@ def heal_once(
 
 
 def held_out_rows(curve: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [row for row in curve if "held_out_kl" in row]
+    return [{name: value for name, value in row.items() if name != "given_kl"} for row in curve if "held_out_kl" in row]
 
 
 def training_rows(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     return [row for row in curve if "loss" in row]
+
+
+def kept(curve: list[dict[str, float]]) -> str:
+    """In words, which state the healed child is, and its held-out KL beside that of the child before GKD: on the last phase's text."""
+    measured = [row for row in curve if "held_out_kl" in row]
+    if not measured:
+        return "kept: after the last step; gkd.eval_tokens is 0, so no state was measured"
+    starts = [index for index, row in enumerate(measured) if "given_kl" in row]
+    phases = [measured[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    step = 0
+    for phase in reversed(phases):
+        nearest = min(phase, key=lambda row: row["held_out_kl"])  # the first of them
+        if nearest is not phase[0]:
+            step = nearest["step"]
+        if step or phase[0]["given_kl"] < nearest["held_out_kl"]:
+            break
+    kls = [row["held_out_kl"] for row in phases[-1]]
+    before = phases[-1][0]["given_kl"]
+    of_kept = f"held-out KL {before:.4g} before GKD, {min(before, *kls):.4g} after"
+    if step:
+        return f"kept: after step {step}; {of_kept}"
+    return (
+        f"kept: before the first step; {of_kept}: no state of this run is nearer to the parent ({kls[-1]:.4g} after the last step), "
+        "so the child is as it was given. Lower `lr` in conf/gkd/."
+    )
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -326,10 +446,12 @@ def distill(
     work: Path,
     held_out: list | None = None,
     ranks: Ranks = ALONE,
+    given: list[Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """One phase: train `child` (float32) in place on [N, T] token sequences; returns the curve, as `heal` does.
 
-    With `held_out` sequences, as many in each process, the state that is nearest to the parent on them is what stays.
+    With `held_out` sequences, as many in each process, the state that is nearest to the parent on them is what stays: one of those on
+    the way, the one before the first step, or the weights `given` (as of `_weights`), if there are any.
     Checkpoints go to `work`; a run that finds one there goes on from it, to the same result as an uninterrupted run.
     """
     limit, seq_len = getattr(parent.config, "max_position_embeddings", None), len(sequences[0])
@@ -357,8 +479,6 @@ def distill(
         eval_strategy="steps" if mine else "no",
         eval_steps=settings.eval_every_steps or num_steps,
         eval_on_start=bool(mine) and found is None,
-        metric_for_best_model="kl" if mine else None,
-        greater_is_better=False if mine else None,
         fsdp=True if sharded else None,
         fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"} if sharded else None,
         ddp_find_unused_parameters=False,
@@ -374,7 +494,8 @@ def distill(
             shard(child)
         comparison = Comparison(reference, child, settings.weights, settings.head_tokens, settings.compile)
         with comparison.installed(settings.gradient_checkpointing):
-            trainer = Distiller(settings, mine, model=child, args=arguments, train_dataset=dataset, eval_dataset=dataset if mine else None)
+            more = {"train_dataset": dataset, "eval_dataset": dataset if mine else None}
+            trainer = Distiller(settings, mine, given, model=child, args=arguments, **more)
             trainer.train(resume_from_checkpoint=found)
             trainer.load_best()
     return _curve(trainer.state.log_history)
@@ -383,7 +504,7 @@ def distill(
 def _curve(history: list[dict]) -> list[dict[str, float]]:
     """Trainer's log as rows of losses and rows of held-out text."""
     trained = ("step", "loss", "kl", "cosine", "lm", "learning_rate")
-    measured = {"step": "step", "eval_kl": "held_out_kl", "eval_perplexity": "held_out_perplexity"}
+    measured = {"step": "step", "eval_kl": "held_out_kl", "eval_perplexity": "held_out_perplexity", "given_kl": "given_kl"}
     losses = [{name: row[name] for name in trained if name in row} for row in history if "loss" in row]
-    held_out = [{new: row[name] for name, new in measured.items()} for row in history if "eval_kl" in row]
+    held_out = [{new: row[name] for name, new in measured.items() if name in row} for row in history if "eval_kl" in row]
     return sorted([*held_out, *losses], key=lambda row: row["step"])

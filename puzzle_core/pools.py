@@ -7,7 +7,6 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def healed_kls(
     One small file of `work` for each says what came of it: what is there is not done again, and other files are removed.
     """
     text = [hashlib.sha256(np.ascontiguousarray(batch).tobytes()).hexdigest() for batch in batches]
-    common = (gkd.VERSION, asdict(healing), seed, parent.identity, corpus.fingerprint, text)
+    common = (gkd.VERSION, healing.determining, seed, parent.identity, corpus.fingerprint, text)
     files = [work / f"{fingerprint(*common, one.to_json(), _weights(one, weights_of))}.json" for one in architectures]
     for stale in set(work.glob("*.json")) - set(files):
         stale.unlink()

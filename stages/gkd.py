@@ -34,6 +34,7 @@ def run(cfg):
                 # in `dvc metrics show` it stands beside a parent that assemble timed; the one timed with it is in evaluation.json
                 write_json(out / "metrics" / "distilled.json", without_times(metrics["child"]))
                 print(evaluation.table({"parent": metrics["parent"], "distilled": metrics["child"]}))
+                print(f"gkd: {gkd.kept(curve)}; {out}/distilled")
 
 
 if __name__ == "__main__":

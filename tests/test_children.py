@@ -322,6 +322,8 @@ def test_gkd_measures_again_without_training_again_when_only_the_evaluation_chan
     assert not trains(monkeypatch, config(data, "evaluation.text.num_tokens=1024"))
     assert (distilled / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
     assert (data / "plots" / "gkd_curve.json").read_bytes() == curve and figures(distilled) != before
+    how = ["gkd.log_every_steps=2", "gkd.save_every_steps=null", "gkd.micro_batch_size=1", "gkd.head_tokens=50", "gkd.kl_weight=1"]
+    assert not trains(monkeypatch, config(data, *how))
     hot = "gkd.lr=2.0e-3"
     assert trains(monkeypatch, config(data, hot)) and not trains(monkeypatch, config(data, hot))
     (distilled / "model.safetensors").unlink()
