@@ -79,7 +79,7 @@ parent: {origin}. {how}
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 ```
 
 {needs}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from puzzle_core import modeling_puzzle
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family
-from puzzle_core.files import atomic
+from puzzle_core.files import atomic, read_json
 from puzzle_core.parents import Parent, load_whole
 from puzzle_core.spec import BLOCK, NO_OP, PARENT, Architecture, Joint, Variant, halves
 from puzzle_core.subblocks import build_subblock, changes, load_weights, puzzle_section, randomised, unset_weights
@@ -40,33 +40,49 @@ def make_child(
 ) -> PreTrainedModel:
     """The child: the parent's tensors, with the chosen variants' from the files (and fingerprints) that `weights_of` names."""
     overrides = per_layer_config(parent.family, architecture)
-    config = type(parent.model.config).from_dict(parent.model.config.to_dict())
-    base = type(parent.model)
+    base = modeling_puzzle.child_class(type(parent.model)) if overrides else type(parent.model)
+    config = (base.config_class if overrides else type(parent.model.config)).from_dict(parent.model.config.to_dict())
+    vars(config).pop("auto_map", None)  # what the parent's folder brought; the child's class writes its own
     if overrides:
         config.puzzle, config.linear_subblocks = puzzle_section(parent), []
         for kind, key in parent.family.size_keys.items():
             if not hasattr(config, key):  # a layer may only change what the whole config has
                 setattr(config, key, parent.family.whole_size(kind, config))
         config.per_layer_config = overrides
-        base = modeling_puzzle.child_class(base)
-        base.register_for_auto_class("AutoModelForCausalLM")
     config._attn_implementation = parent.model.config._attn_implementation
     with unset_weights(parent):
         child = base(config)
     child.tie_weights()
-    family_layers = child.get_submodule(parent.family.layers)
-    own = child.state_dict()
-    child.load_state_dict({k: v for k, v in parent.model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
+    layers, filled = child.get_submodule(parent.family.layers), []
     for layer, subblock, variant in architecture.rows():
         own = {
-            half: modeling_puzzle.get_subblock(family_layers[layer], parent.family.subblock(half).modules)
+            half: modeling_puzzle.get_subblock(layers[layer], parent.family.subblock(half).modules)
             for half, of_half in halves(subblock, variant)
             if of_half not in (PARENT, NO_OP)
         }
         if own:
-            load_weights(nn.ModuleDict(own) if subblock == BLOCK else own[subblock], *weights_of(layer, subblock, variant))
+            module = nn.ModuleDict(own) if subblock == BLOCK else own[subblock]
+            load_weights(module, *weights_of(layer, subblock, variant))
+            filled += module.state_dict(keep_vars=True).values()
+    _fill_from(parent, child, filled)
     child.generation_config = parent.model.generation_config
     return child.eval()
+
+
+def _fill_from(parent: Parent, child: PreTrainedModel, filled: list[Tensor]) -> None:
+    """Copy to every tensor of the child that is not `filled`, by a variant, the parent's of its name; all are filled once."""
+    variants, of_parent = {id(tensor) for tensor in filled}, parent.model.state_dict()
+    assert len(variants) == len(filled), "two variants filled the same tensor of the child"
+    for name, tensor in child.state_dict(keep_vars=True).items():
+        if id(tensor) in variants:
+            continue
+        source = of_parent.get(name)
+        assert source is not None, f"{name} of the child is neither the parent's nor any variant's"
+        assert source.shape == tensor.shape and source.dtype == tensor.dtype, (
+            f"{name} of the child is {tensor.dtype} {tuple(tensor.shape)}, the parent's {source.dtype} {tuple(source.shape)}, "
+            "and no variant fills it"
+        )
+        tensor.copy_(source)
 
 
 def random_weights(parent: Parent, folder: Path) -> Callable[[int, str, Variant | Joint], tuple[Path, str]]:
@@ -89,9 +105,16 @@ def save_child(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def load_child(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The checkpoint by this project's own class: no code of the folder runs, and code that differs from ours is refused."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing: run the stage that writes it, or `dvc pull {path}`")
-    return load_whole(path, dtype=dtype, trust_remote_code=True).eval().to(device)
+    written, base = read_json(path / "config.json"), AutoModelForCausalLM
+    if "per_layer_config" in written:
+        travelled, ours = path / f"{modeling_puzzle.__name__.rpartition('.')[2]}.py", Path(modeling_puzzle.__file__)
+        if not travelled.is_file() or travelled.read_bytes() != ours.read_bytes():
+            raise UserError(f"{travelled} is not the modelling file of this version, by which its child would load: make the child again")
+        base = getattr(modeling_puzzle, written["architectures"][0])
+    return load_whole(path, base, dtype=dtype).eval().to(device)
 
 
 _RELOAD = """
@@ -109,7 +132,7 @@ with torch.no_grad():
 
 @torch.no_grad()
 def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor | np.ndarray) -> None:
-    """Load the checkpoint in a process that cannot import this project; ValueError unless its logits are the child's."""
+    """Load the checkpoint in a process that cannot import this project; RuntimeError, our fault, unless its logits are the child's."""
     input_ids = torch.as_tensor(input_ids, device=child.device)
     with tempfile.TemporaryDirectory() as directory:
         batch = Path(directory) / "batch.safetensors"
@@ -117,4 +140,4 @@ def verify_reload(child: PreTrainedModel, path: Path, input_ids: Tensor | np.nda
         command = [sys.executable, "-I", "-c", _RELOAD, path.resolve(), batch, child.device, str(child.dtype).removeprefix("torch.")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=directory)
     if done.returncode or not float(done.stdout.split()[-1]) <= 1e-3:  # so that NaN fails too
-        raise UserError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")
+        raise RuntimeError(f"{path} does not load as the child it was saved from: {done.stdout}{done.stderr[-2000:]}")

@@ -15,10 +15,12 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_of
 from puzzle_core.files import read_json
+from puzzle_core.modeling_puzzle import MODEL_TYPE
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, Architecture, Variant
 from puzzle_core.targets import why_not
 
-_OURS = ("per_layer_config", "linear_subblocks", "puzzle", "auto_map")  # what a child's config.json has beside its parent's
+# what a child's config.json has beside its parent's
+_OURS = ("per_layer_config", "linear_subblocks", "puzzle", "auto_map", "transformers_weights")
 _SUBBLOCK_OF = {"kv": ATTENTION, "w": FFN}
 _LISTS = {"skip": NO_OP, "linear_subblocks": LINEAR}
 _IN_CONFIG = {"attention": ATTENTION, "mlp": FFN}
@@ -36,9 +38,10 @@ class SavedChild:
     def read(cls, path: Path) -> "SavedChild":
         """ValueError or FileNotFoundError if `path` is not a checkpoint of a known family."""
         content = read_json(path / "config.json")
-        family = family_of(content["model_type"])
-        plain = {key: value for key, value in content.items() if key not in _OURS}
-        config = CONFIG_MAPPING[content["model_type"]].from_dict(plain)
+        model_type = content["model_type"].removeprefix(MODEL_TYPE)
+        family = family_of(model_type)
+        plain = {key: value for key, value in content.items() if key not in _OURS} | {"model_type": model_type}
+        config = CONFIG_MAPPING[model_type].from_dict(plain)
         overrides = {int(layer): entry for layer, entry in (content.get("per_layer_config") or {}).items()}  # written as "02"
         layers = [_pair(layer, overrides.get(layer, {}), family) for layer in range(config.num_hidden_layers)]
         return cls(path, config, Architecture(tuple(layers)))

@@ -3,7 +3,7 @@
 `config.per_layer_config` says how each layer deviates from the parent: changed sizes (`{"num_key_value_heads": 1}`,
 `{"sliding_window": 1024}`), `skip` (the subblock is gone, its norms too) and `linear_subblocks` (one matrix in its
 place). `config.puzzle` says where the parent's family keeps its layers and subblocks. Load it with
-`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`; every other way to load it is an error, see `_ChildConfig`.
 """
 import copy
 import functools
@@ -12,12 +12,16 @@ import inspect
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+MODEL_TYPE = "puzzle_"  # before the parent's model type
+STOCK_REFUSES = "this is a Puzzle child, whose layers differ: load it with AutoModelForCausalLM and trust_remote_code=True"
 SUBBLOCKS = {"attention": "attention", "mlp": "ffn"}  # name in `skip` and `linear_subblocks`: name in `config.puzzle`
 
 
@@ -290,15 +294,43 @@ class _PerLayer:
         return heads, [0 if e else d for e, d in zip(empty, head_dim, strict=True)]
 
 
+class _ChildConfig:
+    """Mixed into a family's config: what makes every class but ours refuse the checkpoint.
+
+    Auto classes do not know the model type, so without `trust_remote_code` they stop. The parent's class called directly only
+    warns of another model type and of missing weights; but it takes the name of the weights' file from `transformers_weights`,
+    and raises a ValueError with what stands there. Tokenizers load, because a bare config does if it has `num_hidden_layers`.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        ours = {key: value for key, value in config_dict.items() if key not in ("model_type", "transformers_weights")}
+        return super().from_dict(ours, **kwargs)  # the model type is the class's, also of a config made from the parent's
+
+    def to_dict(self):
+        return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers, "transformers_weights": STOCK_REFUSES}
+
+
+@functools.cache
+def child_config_class(base: type) -> type:
+    """The config of children of parents with config class `base`, e.g. PuzzleLlamaConfig of LlamaConfig."""
+    model_type = MODEL_TYPE + base.model_type
+    if (mapping := get_checkpoint_conversion_mapping(base.model_type)) is not None:  # files have experts apart, models fused
+        register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+    names = {"__module__": __name__, "model_type": model_type, "_auto_class": "AutoConfig"}
+    return type(f"Puzzle{base.__name__}", (_ChildConfig, base), names)
+
+
 @functools.cache
 def child_class(base: type) -> type:
     """The class of children of parents of class `base`, e.g. PuzzleLlamaForCausalLM of LlamaForCausalLM."""
-    return type(f"Puzzle{base.__name__}", (_PerLayer, base), {"__module__": __name__})
+    names = {"__module__": __name__, "config_class": child_config_class(base.config_class), "_auto_class": "AutoModelForCausalLM"}
+    return type(f"Puzzle{base.__name__}", (_PerLayer, base), names)
 
 
 def __getattr__(name: str) -> type:
-    """`auto_map` names PuzzleXForCausalLM; the class is made from transformers' XForCausalLM when it is asked for."""
+    """`auto_map` names PuzzleXForCausalLM and PuzzleXConfig; each is made from transformers' X when it is asked for."""
     base = getattr(transformers, name.removeprefix("Puzzle"), None) if name.startswith("Puzzle") else None
     if base is None:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return child_class(base)
+    return child_config_class(base) if issubclass(base, PreTrainedConfig) else child_class(base)

@@ -29,7 +29,7 @@ from puzzle_core import import_gguf
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, cache_folder, digest, fingerprint, lock, read_json, write_json
-from puzzle_core.modeling_puzzle import get_subblock
+from puzzle_core.modeling_puzzle import MODEL_TYPE, get_subblock
 from puzzle_core.shards import Shards, layers_that_fit, load_shards
 from puzzle_core.tokens_gguf import split_as_in
 
@@ -183,13 +183,13 @@ def faults_named(place: object, what: str) -> Iterator[None]:
         raise UserError(f"{place} holds {damaged} ({type(error).__name__}: {text}): fetch or make it again") from error
 
 
-def load_whole(place: str | Path, **how: object) -> PreTrainedModel:
-    """AutoModelForCausalLM.from_pretrained, of safetensors with all the tensors of the model and no others; else UserError.
+def load_whole(place: str | Path, base: type = AutoModelForCausalLM, **how: object) -> PreTrainedModel:
+    """`base`.from_pretrained, of safetensors with all the tensors of the model and no others; else UserError.
 
     transformers would give a tensor that is missing new random values at every load.
     """
     with faults_named(place, "weights"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = base.from_pretrained(
             place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
     misshapen = {name: f"{name} {tuple(found)}, not {tuple(expected)}" for name, found, expected in info["mismatched_keys"]}
@@ -242,7 +242,7 @@ def _config(place: str | Path, revision: str | None) -> dict:
         config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
         if not isinstance(config, dict):
             raise UserError(f"{place}: config.json is not an object. Fetch or make the checkpoint again.")
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") or str(config.get("model_type", "")).startswith(MODEL_TYPE):
         raise UserError(f"{place} is a child already: its layers differ (per_layer_config). Use a parent whose layers are alike.")
     differ = [key for key in _LAYERS_DIFFER if config.get(key)]
     differ += [key for key, value in config.items() if isinstance(value, list) and _is_size(key) and key not in differ]

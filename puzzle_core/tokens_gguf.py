@@ -68,7 +68,7 @@ def split_as_in(file: Path, content: dict) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int) -> None:
     """Tokens, their kinds, merges, special ids and chat template; ids without a token are marked unused."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)  # else it asks whether to run a child's code
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     name = pre_tokenizer(content)
     token_of = {index: text for text, index in content["model"]["vocab"].items()}

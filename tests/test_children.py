@@ -1,6 +1,8 @@
 """Children out: generate, compile, save again; what comes along with a checkpoint; its model card; healed once."""
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,19 @@ import pytest
 import torch
 from conftest import EXCERPT, PICO, architecture, pico_parent, variants
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from test_config import composed
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    pipeline,
+)
 
 import stages.assemble
 import stages.gkd
@@ -18,10 +31,11 @@ from puzzle_core.bld import Settings, jobs, train_library
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.config import plain
 from puzzle_core.corpus import Corpus
+from puzzle_core.families import FAMILIES
 from puzzle_core.files import read_json, write_json
 from puzzle_core.parents import Origin, load_parent
 from puzzle_core.schedule import lr_factor
-from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, Variant
+from puzzle_core.spec import LINEAR, NO_OP, PARENT, Architecture, Constraint, Scenario, Solution, Variant
 
 MIXED = architecture("no_op w80", "linear parent", "kv1 no_op", "parent linear")
 CPU = torch.device("cpu")
@@ -121,6 +135,143 @@ def test_an_all_parent_child_is_a_stock_checkpoint_bit_equal_to_the_parent(paren
     written = json.loads((tmp_path / "same" / "config.json").read_text())
     assert not {"per_layer_config", "auto_map", "puzzle", "linear_subblocks"} & set(written)
     assert not list((tmp_path / "same").glob("*.py"))
+
+
+# ---------------------------------------------------------------------------------- every way in gives the child or an error
+
+ROUTES = {
+    "AutoModelForCausalLM, trusted": lambda path, stock: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True),
+    "pipeline, trusted": lambda path, stock: pipeline("text-generation", model=str(path), trust_remote_code=True).model,
+    "this project": lambda path, stock: load_child(path, torch.float32, CPU),
+    "AutoModelForCausalLM": lambda path, stock: AutoModelForCausalLM.from_pretrained(path),
+    "AutoModelForCausalLM, not trusted": lambda path, stock: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False),
+    "AutoModel": lambda path, stock: AutoModel.from_pretrained(path),
+    "AutoModel, trusted": lambda path, stock: AutoModel.from_pretrained(path, trust_remote_code=True),
+    "AutoConfig": lambda path, stock: AutoConfig.from_pretrained(path),
+    "pipeline": lambda path, stock: pipeline("text-generation", model=str(path)),
+    "the parent's class": lambda path, stock: stock.from_pretrained(path),
+    "the parent's class, by its config": lambda path, stock: stock.from_pretrained(path, config=stock.config_class.from_pretrained(path)),
+    "the parent's class without a head": lambda path, stock: MODEL_MAPPING[stock.config_class].from_pretrained(path),
+    "a parent of it": lambda path, stock: load_parent("directory", path=str(path)),
+}
+GIVE_THE_CHILD = [*ROUTES][:3]
+KINDS = {
+    "llama skips": ("llama", ("no_op parent", "parent no_op")),
+    "llama linear": ("llama", ("linear parent", "parent linear")),
+    "llama all alike": ("llama", ("kv1 w80",) * 4),
+    "mistral windows": ("mistral", ("window5 parent", "parent parent")),
+    "qwen2 windows": ("qwen2", ("window5 parent",) * 3),
+    "gemma3 windows": ("gemma3_text", ("parent parent", "window5 parent")),
+    "gemma3 skips": ("gemma3_text", ("no_op parent",)),
+    "gpt_neo windows": ("gpt_neo", ("parent parent", "window5 parent")),
+    "gpt2 skips": ("gpt2", ("no_op parent", "parent no_op")),
+    "gpt2 kv": ("gpt2", ("kv1 parent",) * 3),
+    "opt linear": ("opt", ("parent linear", "linear parent")),
+    "phi3 skips": ("phi3", ("parent no_op",)),
+    "mixtral experts": ("mixtral", ("parent e4",)),
+    "qwen3_moe skips": ("qwen3_moe", ("no_op parent",)),
+}
+
+
+@functools.cache
+def saved(kind: str) -> tuple[Path, type, torch.Tensor]:
+    """A child's folder, its parent's class and its logits."""
+    model_type, changed = KINDS[kind]
+    parent, folder = pico_parent(model_type), Path(tempfile.mkdtemp())
+    unchanged = ("parent parent",) * (len(parent.layers) - len(changed))
+    child = make_child(parent, architecture(*changed, *unchanged), variants(parent, folder))
+    save_child(child, parent.tokenizer, folder / "child")
+    with torch.no_grad():
+        return folder / "child", type(parent.model), child(IDS).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", ROUTES)
+@torch.no_grad()
+def test_whatever_loads_a_child_gets_the_child_or_an_error(route, kind, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "n")  # whether to run the child's code
+    path, stock, logits = saved(kind)
+    if route in GIVE_THE_CHILD:
+        loaded = ROUTES[route](path, stock).eval()
+        assert loaded.config.model_type == "puzzle_" + stock.config_class.model_type and torch.equal(loaded(IDS).logits, logits)
+        return
+    refusals = "contains custom code which must be executed|this is a Puzzle child|Unrecognized configuration class|is a child already"
+    with pytest.raises(ValueError, match=refusals):
+        ROUTES[route](path, stock)
+
+
+@pytest.mark.parametrize("kind", ["llama skips", "gpt2 kv", "gemma3 windows"])
+def test_a_child_s_tokenizer_needs_no_trust(kind, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "n")
+    path, _, _ = saved(kind)
+    assert AutoTokenizer.from_pretrained(path)("a text").input_ids == pico_parent().tokenizer("a text").input_ids
+
+
+def test_this_project_runs_no_code_of_a_child_s_folder(tmp_path):
+    path = shutil.copytree(saved("llama skips")[0], tmp_path / "child")
+    with open(path / "modeling_puzzle.py", "a") as file:
+        file.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="modeling_puzzle.py is not the modelling file of this version"):
+        load_child(path, torch.float32, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_child_inherits_no_code_of_its_parent(parent, tmp_path):
+    parent.model.config.auto_map = {"AutoModel": "theirs.Model", "AutoModelForCausalLM": "theirs.ForCausalLM"}
+    try:
+        for chosen, own in (
+            (MIXED, {"AutoConfig": "modeling_puzzle.PuzzleLlamaConfig", "AutoModelForCausalLM": "modeling_puzzle.PuzzleLlamaForCausalLM"}),
+            (Architecture.uniform(4), None),
+        ):
+            save_child(make_child(parent, chosen, variants(parent, tmp_path)), parent.tokenizer, tmp_path / str(own))
+            assert read_json(tmp_path / str(own) / "config.json").get("auto_map") == own
+    finally:
+        del parent.model.config.auto_map
+
+
+# ---------------------------------------------------------------------------------- every tensor is the parent's or a variant's
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_no_tensor_of_a_child_is_left_as_it_was_allocated(model_type, tmp_path):
+    parent = pico_parent(model_type)
+    ffn = Variant("e", 4) if "e" in parent.family.size_keys else Variant("w", 80)
+    layers = [(Variant("kv", 1), LINEAR), (LINEAR, ffn), (NO_OP, PARENT), (PARENT, NO_OP)]
+    weights_of = variants(parent, tmp_path)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        child = make_child(parent, Architecture(tuple(layers[: len(parent.layers)])), weights_of)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in [*child.named_parameters(), *child.named_buffers()]:
+        assert tensor.isfinite().all(), name
+
+
+def test_a_tensor_that_neither_the_parent_nor_a_variant_has_is_named(parent, tmp_path):
+    weights_of = variants(parent, tmp_path)
+
+    def forgets(layer, subblock, variant):
+        path, fingerprint = weights_of(layer, subblock, variant)
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != "o_proj.weight"}, path)
+        return path, fingerprint
+
+    with pytest.raises(ValueError, match='(?s)3-attention-kv1.safetensors: not the weights of this variant.*"o_proj.weight"'):
+        make_child(parent, architecture(*["parent parent"] * 3, "kv1 parent"), forgets)
+
+
+def test_a_tensor_whose_shape_changes_outside_of_its_variant_is_named(parent, tmp_path, monkeypatch):
+    build_layer = modeling_puzzle.build_layer
+
+    def with_norm_that_changes(layer, config, changes, index, puzzle):
+        built = build_layer(layer, config, changes, index, puzzle)
+        if "num_key_value_heads" in changes:
+            built.input_layernorm = torch.nn.RMSNorm(32)
+        return built
+
+    weights_of, chosen = variants(parent, tmp_path), architecture("kv1 parent", *["parent parent"] * 3)
+    monkeypatch.setattr(modeling_puzzle, "build_layer", with_norm_that_changes)
+    with pytest.raises(AssertionError, match=r"layers.0.input_layernorm.weight of the child is .*\(32,\), the parent's .*\(64,\)"):
+        make_child(parent, chosen, weights_of)
 
 
 def solution_of(chosen: Architecture) -> Solution:
