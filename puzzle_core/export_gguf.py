@@ -13,11 +13,11 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from puzzle_core.errors import UserError
 from puzzle_core.export import SavedChild
 from puzzle_core.files import atomic
+from puzzle_core.import_gguf import llama3_factors
 from puzzle_core.tokens_gguf import add_tokenizer
 
 TARGET = "gguf"
@@ -166,10 +166,8 @@ def _rope_factors(child: SavedChild) -> list[_Entry]:
     rope = child.config.rope_parameters
     if rope["rope_type"] != "llama3":
         return []
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](child.config, "cpu")
-    size = _head_dim(child.config)
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return [_Entry("rope_freqs.weight", (size // 2,), torch.float32, lambda: plain / scaled)]
+    factors = llama3_factors(rope, _head_dim(child.config))
+    return [_Entry("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)]
 
 
 def _checked(entry: _Entry) -> Tensor:

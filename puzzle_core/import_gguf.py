@@ -248,20 +248,21 @@ def llama3_parameters(factors: Tensor, theta: float, original: int) -> Iterable[
     per_token = (frequencies(theta, len(factors) * 2) / (2 * torch.pi)).double()
     whole = factors.max().item()
     s = (1 / factors.double() - 1 / whole) / (1 - 1 / whole)
-    between = (s > 1e-6) & (s < 1 - 1e-6)
-    knots = [(x, y) for x, y, inside in zip(per_token.tolist(), s.tolist(), between.tolist(), strict=True) if inside]
-    below = max((x for x, y in zip(per_token.tolist(), s.tolist(), strict=True) if y <= 1e-6), default=None)
-    above = min((x for x, y in zip(per_token.tolist(), s.tolist(), strict=True) if y >= 1 - 1e-6), default=None)
-    if len(knots) > 1:
-        x, y = torch.tensor(knots, dtype=torch.float64).T
-        slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
-        zero = (x.mean() - y.mean() / slope).item() if slope > 0 else 0.0
-    elif knots:  # the flattest line that leaves those around at 0 and 1
-        ((x, y),) = knots
-        slope = max(([y / (x - below)] if below else []) + ([(1 - y) / (above - x)] if above else []))
+    points = list(zip(per_token.tolist(), s.tolist(), strict=True))
+    between = [(x, y) for x, y in points if 1e-6 < y < 1 - 1e-6]
+    below = max(x for x, y in points if y <= 1e-6)
+    above = min((x for x, y in points if y >= 1 - 1e-6), default=None)
+    if len(between) > 1:
+        slope, at_0 = np.polyfit(*zip(*between, strict=True), deg=1).tolist()
+        zero = -at_0 / slope if slope > 0 else 0.0
+    elif between:  # the flattest line that leaves those around at 0 and 1
+        ((x, y),) = between
+        slope = max([y / (x - below)] + ([(1 - y) / (above - x)] if above else []))
         zero = x - y / slope
-    else:
+    elif above:
         slope, zero = 1 / (above - below), below
+    else:
+        return
     if slope <= 0 or zero <= 0:
         return
     one = zero + 1 / slope
