@@ -168,10 +168,13 @@ class Distiller(Trainer):
         if "loss" in logs:
             sums, num = self._totals()
             means = {name: total / num for name, total in sums.items()}  # Trainer's own loss is of what came after a kill alone
-            if not math.isfinite(means["loss"]):
-                raise NotFiniteError(f"gkd loss is {means['loss']} by step {self.state.global_step}: lower `lr` in conf/gkd/")
+            self._refuse_nan(means["loss"])
             logs, self.sums, self.num_sequences = {**logs, **means}, {}, 0
         super().log(logs, *args, **kwargs)
+
+    def _refuse_nan(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"gkd loss is {loss} by step {self.state.global_step}: lower `lr` in conf/gkd/")
 
     @torch.no_grad()
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -211,7 +214,9 @@ class Distiller(Trainer):
         return kl
 
     def load_best(self) -> None:
-        """Go back to the best state, if it is not the last one."""
+        """Go back to the best state, if it is not the last one; FloatingPointError if the losses since the last log are not numbers."""
+        if self.sums:
+            self._refuse_nan(self.sums["loss"].item())
         best = self.state.best_global_step
         if not self.held_out or best == self.state.global_step:
             return
@@ -321,12 +326,14 @@ def heal(
         warnings.warn("gkd.eval_tokens is 0: no states are compared: the child may end farther from the parent than it was", stacklevel=2)
     given = _weights(child) if settings.phases and settings.eval_tokens else None
     kind = "-sharded" if isinstance(child, FSDPModule) else ""  # neither reads the other's checkpoints
+    done = 0
     for number, phase in enumerate(settings.each_phase()):
-        suffix, done = f"-{number}" if number else "", max((row["step"] for row in curve), default=0)
+        suffix = f"-{number}" if number else ""
         sequences, held_out = _whole_batches(corpus, phase, f"gkd-{seed}{suffix}")
         where = (seed, work / f"phase{suffix}{kind}")
         rows = distill(parent.model, child, list(sequences), phase, *where, list(held_out), ranks, given if number else None)
         curve += [{**row, "step": row["step"] + done} for row in rows]
+        done += len(sequences) // phase.batch_size
     if not isinstance(child, FSDPModule):
         _cast(child.eval(), parent.model.dtype)
     return curve

@@ -205,6 +205,17 @@ def test_phases_that_are_better_on_their_own_text_alone_do_not_count(pico, corpu
     assert is_equal(child, before) and gkd.kept(curve).startswith("kept: before the first step")
 
 
+def test_what_is_not_logged_is_looked_at_too(pico, corpus, child, tmp_path):
+    settings = replace(SETTINGS, train_tokens=1536, lr=1e30, grad_clip=1e30, eval_tokens=0, log_every_steps=100)
+    with pytest.raises(FloatingPointError, match="gkd loss is nan by step 6: lower `lr`"):
+        gkd.heal(pico, child, corpus, settings, 0, tmp_path / "work")
+
+
+def test_steps_count_on_through_phases_however_seldom_they_are_logged(pico, corpus, child, tmp_path):
+    settings = replace(SETTINGS, train_tokens=768, eval_tokens=0, log_every_steps=2, phases=[{"lr": 1e-4}])
+    assert [row["step"] for row in gkd.heal(pico, child, corpus, settings, 0, tmp_path / "work")] == [2, 5]
+
+
 def test_where_nothing_is_measured_a_warning_says_that_the_child_may_be_worse(pico, corpus, child, tmp_path):
     with pytest.warns(UserWarning, match="gkd.eval_tokens is 0: no states are compared"):
         curve = gkd.heal(pico, child, corpus, replace(SETTINGS, train_tokens=256, eval_tokens=0), 0, tmp_path / "work")
