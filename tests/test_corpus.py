@@ -68,6 +68,14 @@ def with_bos(tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
 
 
+@pytest.mark.parametrize(("adds", "start"), [({}, 0), ({"add_bos_token": True}, 1), ({"add_bos_token": True, "add_eos_token": True}, 1)])
+def test_a_tokenizer_may_be_told_to_begin_a_text_by_its_config(pico, adds, start):
+    backend = copy.deepcopy(pico.tokenizer.backend_tokenizer)
+    backend.add_special_tokens(["<bos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", **adds)
+    assert start_ids(tokenizer) == [tokenizer.bos_token_id] * start
+
+
 def test_documents_and_rows_begin_as_the_tokenizer_begins_a_text(pico, corpus):
     begun = Corpus(tokenizer := with_bos(pico.tokenizer), EXCERPT)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
