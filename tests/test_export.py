@@ -416,7 +416,9 @@ def test_factors_of_any_parameters_are_reproduced(head_dim, low, high, original)
     assert any(torch.allclose(one, factors, rtol=1e-5, atol=0) for one in found)
 
 
-@pytest.mark.parametrize("factors", [[1, 2, 2, 2, 8, 8], [8, 8, 8, 8, 8, 8.000002], [1, 8, 1, 8], [8, 4, 1, 1], [2, 8, 2], [float("nan"), 8]])
+@pytest.mark.parametrize(
+    "factors", [[1, 2, 2, 2, 8, 8], [8, 8, 8, 8, 8, 8.000002], [1, 8, 1, 8], [8, 4, 1, 1], [2, 8, 2], [float("nan"), 8]]
+)
 def test_factors_of_no_rule_have_no_parameters_that_reproduce_them(factors):
     factors = torch.tensor(factors, dtype=torch.float32)
     for found in import_gguf.llama3_parameters(factors, 1e4, 8192):
