@@ -46,10 +46,11 @@ COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "trai
 
 
 def write(study: Study) -> Path:
-    """docs/results/study.json and study.md, and the README's headline; the path of the page."""
+    """docs/results/NAME.json and NAME.md by the name of the study's folder, and of `study` the README's headline; the page's path."""
     found = gathered(study)
-    demo.write_into("README.md", "study", headline(found))
-    path = demo.save_result("study", found).with_suffix(".md")
+    if study.folder.name == "study":
+        demo.write_into("README.md", "study", headline(found))
+    path = demo.save_result(study.folder.name, found).with_suffix(".md")
     path.write_text(page(found))
     return path
 
@@ -185,7 +186,7 @@ def page(found: dict) -> str:
     at, counted = asked["compared_at"], [task for task in found["tasks"] if f"{task}_retained" in (parent or {})]
     lines = [
         "# Study: is it the search that did it?", "",
-        "Written by `python -m benchmarks.study page` from what the commands below wrote; `study.json` beside it has all figures, each "
+        "Written by `python -m benchmarks.study page` from what the commands below wrote; the JSON file beside it has all figures, each "
         "row's architecture and curve.", "",
         f"- Workload: {found['workload']} (sequences × prompt + generated tokens), hardware.serving {found['serving']} (on a GPU auto is "
         "cuda_graph). Realised speed-ups are of each architecture with random weights, in turn with the parent, alone on a GPU.",
