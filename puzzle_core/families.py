@@ -1,6 +1,7 @@
 """Where each model family keeps what we change: data, not code.
 
-The defaults describe Llama; a family that lays its modules out the same way is one line of FAMILIES.
+The defaults describe Llama; a family that lays its modules out the same way is one line of FAMILIES. `layouts` holds it against
+the modules of each parent that is loaded.
 Module names are relative to the causal LM (`layers`), to a layer (`module`, `more`, norms) or to a subblock.
 """
 import dataclasses

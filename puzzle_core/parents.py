@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from puzzle_core import import_gguf
+from puzzle_core import import_gguf, layouts
 from puzzle_core.errors import UserError
 from puzzle_core.families import Family, family_for, family_of
 from puzzle_core.files import atomic, cache_folder, digest, fingerprint, lock, read_json, write_json
@@ -335,8 +335,10 @@ def load_parent(
         with faults_named(place, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place, **more)
         origin = Origin(name, text, license or _license(place, more["revision"]), id if source == "hub" else None)
+    family = family_for(model.config)
+    layouts.check(model, family)
     identity = fingerprint(source, dtype, trust_remote_code, id, config, seed, content)  # where it lies is no part of it
-    return Parent(model.eval().requires_grad_(False), tokenizer, family_for(model.config), identity, origin, shards)
+    return Parent(model.eval().requires_grad_(False), tokenizer, family, identity, origin, shards)
 
 
 def _located(
@@ -363,6 +365,7 @@ def _skeleton(
     """The model without weights, and how many of its layers there is room for if not for all."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    layouts.check_layers(model, family)
     max_layers = None if memory_gib is None else layers_that_fit(model, family.layers, memory_gib, in_parts=True)
     layers = model.get_submodule(family.layers)
     return model, None if max_layers is None else Shards(layers, family.layers, {}, max_layers, torch.device("meta"))
@@ -384,6 +387,7 @@ def _read_model(
         return load().to(device), None
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=more["trust_remote_code"])
+    layouts.check_layers(skeleton, family)
     max_layers = layers_that_fit(skeleton, family.layers, memory_gib, in_parts)
     if max_layers is None:
         return load().to(device), None

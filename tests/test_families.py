@@ -12,15 +12,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import EXCERPT, pico_parent, variants
+from conftest import EXCERPT, PICO_CONFIG, pico_parent, variants
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from puzzle_core import bld, costs, scoring, tables
+from puzzle_core import bld, costs, layouts, scoring, tables
 from puzzle_core.children import make_child, save_child
 from puzzle_core.corpus import Corpus
-from puzzle_core.families import FAMILIES, SIZED, Family, family_for
+from puzzle_core.errors import UserError
+from puzzle_core.families import EXPERTS, FAMILIES, SIZED, Attention, Family, Ffn, family_for
 from puzzle_core.modeling_puzzle import GroupedAttention, get_subblock
-from puzzle_core.parents import Parent
+from puzzle_core.parents import Parent, load_parent
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Architecture, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, num_params, resolve_space, swapped
 from puzzle_core.surgery import KV_HEADS, Basis, initialise, rows
@@ -175,6 +176,113 @@ def test_a_child_is_the_parent_with_its_variants_swapped_in(name, subblock, vari
                 stack.enter_context(swapped(parent, layer, at, module))
         torch.testing.assert_close(parent.model(IDS, use_cache=False).logits, child(IDS, use_cache=False).logits)
     assert torch.equal(parent.model(IDS, use_cache=False).logits, before)  # and nothing is left behind
+
+
+# What a family's attention and FFN add to the residual stream is the output of these modules of a layer; by hand, not from FAMILIES.
+ADDED = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt2": ("attn", "mlp"),
+    "gpt_neo": ("attn", "mlp"),
+    "opt": ("self_attn", "fc2"),
+}
+FIRST = {"gpt2": ("attn", "mlp"), "gpt_neo": ("attn.attention", "mlp"), "opt": ("self_attn", "fc1")}  # module of a layer that reads
+LAST = FIRST | {"opt": ("self_attn", "fc2")}  # and that answers, before any norm
+KEYS_AND_VALUES = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
+
+
+def answer(output, replacement: torch.Tensor):
+    return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
+
+
+def do_no_op(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    added = ADDED.get(name, ("self_attn", "mlp"))[SUBBLOCKS.index(subblock)]
+    zero = lambda module, args, output: answer(output, torch.zeros_like(output[0] if isinstance(output, tuple) else output))  # noqa: E731
+    layer.get_submodule(added).register_forward_hook(zero)
+
+
+def do_linear(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    read, seen = {}, SUBBLOCKS.index(subblock)
+    first, last = (layer.get_submodule(where.get(name, ("self_attn", "mlp"))[seen]) for where in (FIRST, LAST))
+    matrix = theirs.get_submodule(FIRST.get(name, ("self_attn", "mlp"))[seen])
+    first.register_forward_pre_hook(
+        lambda module, args, kwargs: read.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    last.register_forward_hook(
+        lambda module, args, output: answer(output, read["x"] @ matrix.weight.T + (0 if matrix.bias is None else matrix.bias))
+    )
+
+
+def do_kv(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    """The parent's own module with the child's key-value heads as often as it has heads."""
+    attention, few = (each.get_submodule(FIRST.get(name, ("self_attn",))[0]) for each in (layer, theirs))
+    size = attention.head_dim
+    for part, module in attention.named_modules():
+        for key, tensor in rows(module).items():
+            fewer = rows(few.get_submodule(part))[key]
+            if tensor.shape != fewer.shape:
+                num_queries = 4 * size if part in KEYS_AND_VALUES.get(name, []) else 0
+                parts = fewer[num_queries:].unflatten(0, (-1, variant.size, size))  # keys and values, or one of them
+                times = (len(tensor) - num_queries) // (len(fewer) - num_queries)
+                tensor.copy_(torch.cat([fewer[:num_queries], parts.repeat_interleave(times, dim=1).flatten(0, 2)]))
+
+
+def do_window(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    age = torch.arange(16)[:, None] - torch.arange(16)[None]
+    mask = torch.zeros(16, 16).masked_fill((age < 0) | (age >= variant.size), torch.finfo(torch.float32).min)[None, None]
+    layer.get_submodule(FIRST.get(name, ("self_attn",))[0]).register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+    )
+
+
+def kept_of(whole: torch.Tensor, part: torch.Tensor) -> list[int]:
+    """Which of the first dimension's entries `part` has."""
+    return [next(i for i, entry in enumerate(whole) if torch.equal(entry, mine)) for mine in part]
+
+
+def do_w(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    """The columns of the last projection that the child lacks are zero."""
+    last = {"gpt2": "mlp.c_proj", "gpt_neo": "mlp.c_proj", "opt": "fc2"}.get(name, "mlp.down_proj")
+    columns = rows(layer.get_submodule(last))["weight"].T
+    cut = set(range(len(columns))) - set(kept_of(columns, rows(theirs.get_submodule(last))["weight"].T))
+    assert len(cut) == len(columns) - variant.size
+    columns[sorted(cut)] = 0
+
+
+def do_e(name: str, layer, subblock: str, theirs, variant: Variant) -> None:
+    """The router's logits of the experts that the child lacks are minus infinity."""
+    router, whole = layer.mlp.gate, layer.mlp.gate.weight
+    cut = sorted(set(range(8)) - set(kept_of(whole, theirs.mlp.gate.weight)))
+    assert len(cut) == 8 - variant.size
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def masked(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", lambda x, w: linear(x, w).index_fill(-1, torch.tensor(cut), float("-inf")))
+            return forward(*args, **kwargs)
+
+    router.forward = masked
+
+
+DO = {"no_op": do_no_op, "linear": do_linear, "kv": do_kv, "window": do_window, "w": do_w, "e": do_e}
+
+
+def far_from_hooked(parent: Parent, child, architecture: Architecture) -> float:
+    """How far the child's logits are from those of the untouched parent, in whose modules hooks do what the variants should."""
+    name, model = parent.model.config.model_type, copy.deepcopy(parent.model)
+    layers, theirs = (each.get_submodule(parent.family.layers) for each in (model, child))
+    for layer, subblock, variant in architecture.items():
+        if variant != PARENT:
+            DO[variant.kind](name, layers[layer], subblock, theirs[layer], variant)
+    return (model(IDS, use_cache=False).logits - child(IDS, use_cache=False).logits).abs().max().item()
+
+
+@every_child
+@torch.no_grad()
+def test_a_child_is_the_untouched_parent_in_which_hooks_do_what_its_variants_should(name, subblock, variant):
+    child, architecture = child_of(name, subblock, variant), architecture_of(name, subblock, variant)
+    assert far_from_hooked(parent_of(name), child, architecture) < 2e-5
 
 
 @every_child
@@ -336,6 +444,63 @@ def test_shares_become_sizes_of_every_kind(name, attention, ffn):
 def test_a_layout_that_the_family_does_not_cover_is_refused(model_type, changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         pico_parent(model_type, **changes)
+
+
+GPT_OSS = Ffn(inner=("experts.gate_up_proj",) * 2, last="experts.down_proj", router="router")
+KV_OF_GPT2 = dataclasses.replace(FAMILIES["gpt2"], attention=dataclasses.replace(FAMILIES["gpt2"].attention, multi_head=False))
+MISFITS = [
+    ("cohere2", Family(), "ffn.norms is 'post_attention_layernorm', but Cohere2DecoderLayer of layer 0 has no such module. Modules .*mlp"),
+    ("cohere2", Family(ffn=Ffn(norms=())), "attention.norms has 'input_layernorm', which attention does not have alone"),
+    ("cohere2", Family(attention=Attention(norms=()), ffn=Ffn(norms=("input_layernorm",))), "ffn.norms has 'input_layernorm'"),
+    ("gpt_oss", Family(ffn=EXPERTS), "ffn.router is 'gate', but the ffn of layer 0 has no such module. Modules .*mlp.router, mlp.experts"),
+    ("gpt_oss", Family(ffn=GPT_OSS), r"ffn.module is 'mlp', which returns a tuple \(Tensor, Tensor\); expected one tensor"),
+    ("bloom", Family(), "layers is 'model.layers', but BloomForCausalLM has its layers in transformer.h"),
+    ("bitnet", Family(), r"size_keys\['w'\] is 'intermediate_size', which changes mlp.ffn_sub_norm.weight too, and no variant fills that"),
+    ("gemma2", Family(), "ffn.norms has 'post_attention_layernorm', which ffn does not have alone"),
+    ("llama", Family(attention=Attention("attn")), "attention.module is 'attn', but LlamaDecoderLayer of layer 0 has no such module"),
+    ("llama", Family(attention=Attention(q="query")), "attention.q is 'query', but the attention of layer 0 has no such module"),
+    ("llama", Family(attention=Attention(last="c_proj")), "attention.last is 'c_proj', but the attention"),
+    ("llama", Family(attention=Attention(norms=("ln_1",))), "attention.norms is 'ln_1', but LlamaDecoderLayer"),
+    ("llama", Family(attention=Attention(multi_head=True)), r"size_keys\['kv'\] is 'num_key_value_heads', but no layer can be made"),
+    ("llama", Family(ffn=Ffn(inner=("up", "down"))), "ffn.inner is 'up', but the ffn of layer 0"),
+    ("llama", Family(ffn=Ffn(inner=("up_proj", "up_proj"))), "ffn.inner has 'up_proj' 2 times, but its outputs are not 2 times"),
+    ("llama", Family(ffn=Ffn(last="act_fn")), "ffn.last is 'act_fn', which is no projection: it has no weight"),
+    ("llama", Family(ffn=Ffn(more=("act",))), "ffn.more is 'act', but LlamaDecoderLayer"),
+    ("llama", Family(returns_tuple=True), r"returns_tuple is True, but a layer returns a Tensor of shape \(2, 5, 64\)"),
+    ("llama", Family(size_keys={"w": "ffn_dim"}), r"size_keys\['w'\] is 'ffn_dim', by which a layer has 256; layer 0 has 160"),
+    ("gpt2", KV_OF_GPT2, r"size_keys\['kv'\] is 'num_key_value_heads', by which a layer has 2; layer 0 has 4"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "family", "complaint"), MISFITS, ids=[f"{name}-{words[:20]}" for name, _, words in MISFITS])
+def test_a_descriptor_that_does_not_fit_the_modules_is_refused_by_its_field(model_type, family, complaint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, model_type, family)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "gpt_oss" else {}
+    with pytest.raises(UserError, match=f"entry of FAMILIES in puzzle_core/families.py does not fit it: {complaint}"):
+        load_parent("random", config={"model_type": model_type, **PICO_CONFIG, "pad_token_id": 0, **experts})
+
+
+@pytest.mark.parametrize("memory_gib", [None, 1.0])
+def test_a_skeleton_s_descriptor_is_checked_too(memory_gib, monkeypatch):
+    for family, complaint in (
+        (Family(layers="transformer.h"), "layers is 'transformer.h', but GraniteForCausalLM has its layers in model.layers"),
+        (Family(ffn=Ffn(norms=("input_layernorm",))), "ffn.norms has 'input_layernorm', which ffn does not have alone"),
+    ):
+        monkeypatch.setitem(FAMILIES, "granite", family)
+        with pytest.raises(UserError, match=complaint):
+            load_parent("random", config={"model_type": "granite", **PICO_CONFIG}, skeleton=True, memory_gib=memory_gib)
+
+
+@torch.no_grad()
+def test_the_hooks_see_what_swapping_cannot(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "cohere2", Family(ffn=Ffn(norms=())))  # its attention and FFN read one norm
+    monkeypatch.setattr(layouts, "check", lambda model, family: None)
+    parent = pico_parent("cohere2", pad_token_id=0)
+    architecture = Architecture(((NO_OP, PARENT),) + ((PARENT, PARENT),) * 3)
+    child = make_child(parent, architecture, variants(parent, tmp_path))
+    with swapped(parent, 0, ATTENTION, build_subblock(parent, 0, ATTENTION, NO_OP)):
+        torch.testing.assert_close(parent.model(IDS).logits, child(IDS).logits)
+    assert far_from_hooked(parent, child, architecture) > 0.1
 
 
 def test_norms_on_the_residual_stream_stay_where_a_subblock_is_skipped():
