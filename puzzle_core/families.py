@@ -154,8 +154,8 @@ def family_of(model_type: str) -> Family:
 
 
 def family_for(config: Any) -> Family:
-    """The descriptor of one parent, whose config may move things; ValueError for a layout that the family's does not cover."""
-    family = family_of(config.model_type)
+    """The descriptor of one parent or child, whose config may move things; ValueError for a layout that the family's does not cover."""
+    family = family_of(config.model_type.removeprefix("puzzle_"))  # which modeling_puzzle puts before a child's
     for key, expected in family.requires.items():
         if (value := getattr(config, key)) != expected:
             raise UserError(f"{config.model_type} parents with {key}={value} are not supported, only with {key}={expected}: see FAMILIES")

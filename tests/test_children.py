@@ -31,7 +31,7 @@ from puzzle_core.bld import Settings, jobs, train_library
 from puzzle_core.children import load_child, make_child, save_child
 from puzzle_core.config import plain
 from puzzle_core.corpus import Corpus
-from puzzle_core.families import FAMILIES
+from puzzle_core.families import FAMILIES, family_for
 from puzzle_core.files import read_json, write_json
 from puzzle_core.parents import Origin, load_parent
 from puzzle_core.schedule import lr_factor
@@ -193,6 +193,7 @@ def test_whatever_loads_a_child_gets_the_child_or_an_error(route, kind, monkeypa
     path, stock, logits = saved(kind)
     if route in GIVE_THE_CHILD:
         loaded = ROUTES[route](path, stock).eval()
+        assert family_for(loaded.config) == family_for(stock.config_class())
         assert loaded.config.model_type == "puzzle_" + stock.config_class.model_type and torch.equal(loaded(IDS).logits, logits)
         return
     refusals = "contains custom code which must be executed|this is a Puzzle child|Unrecognized configuration class|is a child already"
