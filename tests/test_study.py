@@ -28,6 +28,7 @@ ASKED = [
     "--frontier", "3", "--rates", "1e-3,4e-3", *[preset for preset in PICO if preset != "hardware=cpu"], "hardware=h100",
     f"corpus.path={EXCERPT['path']}", "evaluation.repeats=1", "+evaluation.tasks.sample={path:data/questions/sample.jsonl}",
     "evaluation.text={num_tokens:512,seq_len:64,batch_size:4}", "gkd.train_tokens=512",
+    "gkd.eval_tokens=0",  # else so few steps, which do harm, would be taken back, and rows have one child
     "score.questions=null", "score.metrics=[kl]", "rivals.rl_steps=40", "search.pool_distance=1",
 ]  # fmt: skip
 
