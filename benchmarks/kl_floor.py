@@ -26,8 +26,9 @@ KINDS = ("kl", "lm_loss", "top1_disagreement")
 
 def random_head(parent: Parent) -> nn.Linear:
     """The parent's head with weights of its own, drawn so that logits have the standard deviation LOGITS_STD."""
-    head = parent.model.get_output_embeddings()
-    weight_VD = torch.empty_like(head.weight).normal_(std=LOGITS_STD / head.in_features**0.5)  # last hidden states are normalised to 1
+    head, generator = parent.model.get_output_embeddings(), torch.Generator(parent.device).manual_seed(1)
+    std = LOGITS_STD / head.in_features**0.5  # last hidden states are normalised to 1
+    weight_VD = torch.empty_like(head.weight).normal_(std=std, generator=generator)
     head.weight = nn.Parameter(weight_VD, requires_grad=False)
     return head
 
