@@ -148,7 +148,7 @@ def head_of(model: PreTrainedModel, family: Family, hidden_ND: Tensor) -> Tensor
 def float32_logits(model: PreTrainedModel) -> Iterator[None]:
     """While open, the model's forward gives logits in float32, whatever its dtype: those of its 16-bit hidden states and weights.
 
-    Logits in bfloat16 have 8 bits. A KL of them is 5e-4 nats too large, and ties decide which token is the likeliest.
+    Logits in bfloat16 have 8 bits. A KL of them is 2e-4 nats too large or more, and ties decide which token is the likeliest.
     Under autocast the operands are of autocast's dtype, the products and sums float32.
     """
     linear = model.get_output_embeddings()
