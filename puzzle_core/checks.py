@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.errors import UserError
+from puzzle_core.schemas import BASE_METRICS, MOST_LAYERS, RESERVED
 from puzzle_core.spec import BLOCK, KV_WINDOW, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
 from puzzle_core.tables import SCHEMAS, check
 
-BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token", KV_WINDOW)
 REQUIRED = ("scores", "costs")
 SHOWN = 5  # rows named per fault
 
@@ -46,6 +46,7 @@ def faults(tables: dict[str, pd.DataFrame]) -> list[str]:
         found += _parents(tables["scores"])
         found += _costs_of_scores(tables["scores"], tables["costs"])
         found += _scenarios(tables["costs"])
+        found += _metrics(tables["scores"], tables["costs"])
         if "library" in tables:
             found += _library(tables["scores"], tables["library"])
     return found
@@ -101,6 +102,10 @@ def _cells(name: str, table: pd.DataFrame) -> Iterator[str]:
     yield from where(bad, "has no variant id", "use parent, no_op, linear, kvN, wN; in a row of subblock block two of them, as kv4+w768")
     if "layer" in table:
         yield from where(table["layer"] < (-1 if name == "costs" else 0), "has a negative layer", "count layers from 0")
+        yield from where(table["layer"] >= MOST_LAYERS, f"is of a layer beyond {MOST_LAYERS}", "count layers from 0, without a gap")
+    if "metric" in table:
+        taken = table["metric"].isin((*RESERVED, *BASE_METRICS) if name == "scores" else RESERVED)
+        yield from where(taken, "has a metric with the name of a total, a limit or a column of results", "call it something else")
     key = [column for column in SCHEMAS[name].unique if column in table]
     yield from where(table.duplicated(key, keep=False), "is there more than once", "keep one row of each key")
     for column in table.select_dtypes("number"):
@@ -143,7 +148,8 @@ def _parents(scores: pd.DataFrame) -> Iterator[str]:
         there = set(table[["layer", "subblock", "variant"]].itertuples(index=False, name=None))
         halves = {(layer, subblock) for layer, subblock, _ in there}
         lacking = []
-        for layer in range(scores["layer"].max() + 1):
+        num_there, last = scores["layer"].nunique(), scores["layer"].max()
+        for layer in range(min(last, num_there) + 1):  # by then a gap has shown, however far the last layer is
             of_layer = {subblock for n, subblock in halves if n == layer}
             if of_layer == {BLOCK}:
                 lacking += [(layer, BLOCK, joint)] * ((layer, BLOCK, joint) not in there)
@@ -196,6 +202,11 @@ def _scenarios(costs: pd.DataFrame) -> Iterator[str]:
                 misspelt.setdefault((metric, *close), []).append(scenario)
     for (metric, close), scenarios in misspelt.items():
         yield f"costs: {metric} of scenario {_some(scenarios)} is no metric that totals are made of; did you mean {close}?"
+
+
+def _metrics(scores: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
+    if both := sorted(set(scores["metric"]) & set(costs["metric"])):
+        yield f"costs: {_some(both)} is a metric of scores too; call one of the two something else"
 
 
 def _library(scores: pd.DataFrame, library: pd.DataFrame) -> Iterator[str]:

@@ -106,7 +106,8 @@ def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem:
         value = float(limit[:-1]) / 100 if relative else limit
     except ValueError:
         value = limit
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    number = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not number or (value == 0 and (sense, key) != ("at most", "at_most")):
         raise UserError(f"constraint {name} is {limit!r}; expected a positive number, a percentage of the parent's, or null for no limit")
     problem.shares(total, scenario)  # an unknown scenario is refused here
     unit = unit_of(name, problem, scenario)
@@ -147,13 +148,13 @@ def as_limit(constraint: Constraint, total: float, problem: Problem) -> str:
     """The limit that an architecture of `total` just meets, rounded to the reachable side: it can be typed in."""
     cost_like = lookup(constraint.name, problem)[1] == "at most"
     rounded = math.ceil if cost_like == (constraint.lower is None) else math.floor
-    scale = 100 if constraint.relative else 1
-    if not constraint.bound:
-        return "none"
     if not cost_like and not total:
         return "without end"
-    limit = constraint.limit * (total / constraint.bound if cost_like else constraint.bound / total)
-    return digits(scale * limit, rounded) + ("%" if constraint.relative else "")
+    where, scale = scenario_of(constraint, problem), 100 if constraint.relative else 1
+    unit = problem.total(constraint.total, problem.parent_rows, where) if constraint.relative else unit_of(constraint.name, problem, where)
+    if not unit:
+        return "none"
+    return digits(scale * (total / unit if cost_like else unit / total), rounded) + ("%" if constraint.relative else "")
 
 
 def digits(value: float, rounded: Callable[[float], int] = round) -> str:

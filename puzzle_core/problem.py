@@ -231,7 +231,7 @@ def _check_layers(scores: pd.DataFrame) -> None:
     halved = {layer for layer, subblock, _ in there if subblock != BLOCK}
     joint = {layer for layer, subblock, _ in there if subblock == BLOCK} - halved
     last, lacking = max(layer for layer, *_ in there), []
-    for layer in range(last + 1):
+    for layer in range(min(last, len(halved | joint)) + 1):  # by then a gap has shown, however far the last layer is
         wanted = [(layer, BLOCK, Joint(PARENT, PARENT))] if layer in joint else [(layer, subblock, PARENT) for subblock in SUBBLOCKS]
         lacking += ["layer {} {} {}".format(*row) for row in wanted if row not in there]
     if lacking:

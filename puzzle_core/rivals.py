@@ -23,7 +23,7 @@ import numpy as np
 
 from puzzle_core import mip
 from puzzle_core.problem import Problem
-from puzzle_core.search import program_of, solve
+from puzzle_core.search import number, program_of, solve, whole_number
 from puzzle_core.spec import BLOCK, NO_OP, PARENT, SUBBLOCKS, Architecture, Constraint, Joint
 
 Loss = Callable[[list[Architecture]], list[float]]  # of each architecture's child, measured
@@ -39,6 +39,11 @@ class Settings:
     rl_lr: float = 0.05
     rl_entropy: float = 0.02  # weight of the entropy bonus at the start; falls to 0
     time_limit_s: float = 60.0  # for each of those that solve a program
+
+    def __post_init__(self):
+        for name, most in (("rl_steps", 10**6), ("rl_samples", 10**5)):
+            whole_number(f"rivals.{name}", getattr(self, name), 1, most)
+        number("rivals.time_limit_s", self.time_limit_s, 1e-3, 1e7)
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ def compete(problem: Problem, constraints: Sequence[Constraint], settings: Setti
     best = solve(problem, constraints, settings.time_limit_s)
     entries = [Entry("mip", best.seconds, best.architecture, best.score, best.totals, 0.0)]
     program = program_of(problem, problem.score_O, constraints)
-    for number, (method, choose) in enumerate(RIVALS.items()):
+    for place, (method, choose) in enumerate(RIVALS.items()):
         start = time.perf_counter()
-        rows = choose(problem, program, settings, np.random.default_rng([settings.seed, number]))
+        rows = choose(problem, program, settings, np.random.default_rng([settings.seed, place]))
         seconds = time.perf_counter() - start
         if rows is None:
             entries.append(Entry(method, seconds, None, math.nan, {}, math.nan))
@@ -207,11 +212,12 @@ def random_architectures(problem: Problem, constraints: Sequence[Constraint], nu
     Each is the optimum of random scores, those of some of the parent's subblocks 0; how many of them is drawn first.
     InfeasibleError or TimeoutError if none fits.
     """
+    whole_number("random", num, 0)
     solve(problem, constraints, settings.time_limit_s)  # says why, if nothing fits
     program, parent = program_of(problem, problem.score_O, constraints), np.array(problem.parent_rows)
     found = []
-    for number in range(num):
-        random = np.random.default_rng([settings.seed, len(RIVALS), number])
+    for draw in range(num):
+        random = np.random.default_rng([settings.seed, len(RIVALS), draw])
         weight_O = random.uniform(size=len(problem.options))
         weight_O[parent[random.uniform(size=len(parent)) < random.uniform()]] = 0.0
         found.append(_lightest(program, weight_O, settings))

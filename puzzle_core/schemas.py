@@ -3,7 +3,7 @@ import pandas as pd
 import pandera.pandas as pa
 
 from puzzle_core.errors import UserError
-from puzzle_core.spec import BLOCK, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
+from puzzle_core.spec import BLOCK, KV_WINDOW, OUTSIDE, SUBBLOCKS, Joint, Scenario, Variant, is_parent, parse_variant
 
 
 def _parses(parse) -> pa.Check:
@@ -20,7 +20,17 @@ def _any_variant(text: str) -> Variant | Joint:
     return parse_variant(BLOCK if "+" in text else "", text)
 
 
-_LAYER = pa.Column(int, pa.Check.ge(0))
+MOST_LAYERS = 10_000
+BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token", KV_WINDOW)  # of costs: what totals are made of
+# Names of totals, of limits and of what stands beside them in a row of a result: a metric of that name would be taken for it.
+RESERVED = (
+    *("score", "latency_ms", "memory_mib", "kv_mib", "throughput_tokens_per_s"),
+    *("speedup", "memory_fraction", "params_fraction", "kv_fraction"),
+    *("limit", "gap", "method", "seconds", "architecture", "source", "hardware"),
+)
+
+_FEW_LAYERS = pa.Check.lt(MOST_LAYERS, error=f"{MOST_LAYERS} or more: the layers before it have no rows")
+_LAYER = pa.Column(int, [pa.Check.ge(0), _FEW_LAYERS])
 _SUBBLOCK = pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK)))
 _VARIANT = pa.Column(str, _parses(_any_variant))
 _OF_ITS_SUBBLOCK = pa.Check(
@@ -57,7 +67,9 @@ SCHEMAS = {
             "layer": _LAYER,
             "subblock": _SUBBLOCK,
             "variant": _VARIANT,
-            "metric": pa.Column(str, description="kl, lm_loss, ...: a cost in quality, lower is better"),
+            "metric": pa.Column(
+                str, pa.Check.notin((*RESERVED, *BASE_METRICS)), description="kl, lm_loss, ...: a cost in quality, lower is better"
+            ),
             "value": pa.Column(float, _FINITE),
             "num_tokens": pa.Column(int, pa.Check.ge(1)),
             "fingerprint": _FINGERPRINT,
@@ -75,11 +87,17 @@ SCHEMAS = {
     ),
     "costs": pa.DataFrameSchema(
         {
-            "layer": pa.Column(int, pa.Check.ge(-1), default=-1, description="-1, or the column left out: the same in every layer"),
+            "layer": pa.Column(
+                int, [pa.Check.ge(-1), _FEW_LAYERS], default=-1, description="-1, or the column left out: the same in every layer"
+            ),
             "subblock": pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK, OUTSIDE))),
             "variant": _VARIANT,
             "scenario": pa.Column(str, _parses(Scenario.parse)),
-            "metric": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), description="those of problem.TOTALS, or one's own"),
+            "metric": pa.Column(
+                str,
+                [pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), pa.Check.notin(RESERVED)],
+                description="those of problem.TOTALS, or one's own",
+            ),
             "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),
             "unit": pa.Column(str),
             "source": pa.Column(str, pa.Check.isin(("measured", "computed", "analytic"))),

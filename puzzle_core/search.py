@@ -25,6 +25,19 @@ from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, halve
 from puzzle_core.targets import expressible
 
 DRAWS = 16  # of weights, for each other solution of a pool that is wanted
+MANY = 10_000  # solutions, choices or points: more than anyone looks at
+
+
+def whole_number(key: str, value: object, least: int, most: int = MANY) -> None:
+    """UserError unless `value` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UserError(f"{key} is {value!r}; expected a whole number from {least} to {most:,}")
+
+
+def number(key: str, value: object, least: float, most: float) -> None:
+    """UserError unless `value` is a number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(f"{key} is {value!r}; expected a number from {least:g} to {most:g}")
 
 
 class InfeasibleError(UserError):
@@ -45,11 +58,14 @@ class Settings:
     export_target: str | None = None  # only what this format can express (`targets`)
 
     def __post_init__(self):
-        for name, least in (("pool_size", 1), ("pool_distance", 1)):
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise UserError(f"search.{name} is {value!r}; expected a whole number, at least {least}")
-        if not self.pool_weights >= 1:
-            raise UserError(f"search.pool_weights is {self.pool_weights!r}; expected a number, at least 1")
+        for name in ("pool_size", "pool_distance"):
+            whole_number(f"search.{name}", getattr(self, name), 1)
+        if not isinstance(self.batch_sizes, Sequence | None) or isinstance(self.batch_sizes, str):
+            raise UserError(f"search.batch_sizes is {self.batch_sizes!r}; expected a list of whole numbers, or null")
+        for size in self.batch_sizes or ():
+            whole_number("one of search.batch_sizes", size, 1, 10**9)
+        number("search.pool_weights", self.pool_weights, 1, 1e6)
+        number("search.time_limit_s", self.time_limit_s, 1e-3, 1e7)
         if self.pool_weights > 1 and self.objective != SCORE:
             raise UserError(f"search.pool_weights weighs scores, and search.objective is {self.objective}: set pool_weights to 1")
 
@@ -57,6 +73,8 @@ class Settings:
 def posed(data: Path, settings: Settings, scenario: Scenario) -> Problem:
     """The problem that the tables in `data` pose, less what `settings.export_target` has no form for."""
     scores, costs = (tables.read(name, data / f"{name}.parquet") for name in ("scores", "costs"))
+    if both := sorted(set(scores["metric"]) & set(costs["metric"])):
+        raise UserError(f"{', '.join(both)} is a metric of both scores and costs in {data}/: call one of the two something else")
     return Problem.from_tables(expressible(scores, settings.export_target), costs, settings.metric, str(scenario))
 
 
@@ -64,6 +82,8 @@ def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -
     """The best architecture over the allowed batch sizes, then the pool's others; InfeasibleError, TimeoutError."""
     deadline = time.perf_counter() + settings.time_limit_s
     at = problem.scenario
+    if settings.pool_size > 1 and settings.pool_distance > 2 * problem.num_layers:
+        raise UserError(f"search.pool_distance is {settings.pool_distance}, and an architecture has only {2 * problem.num_layers} choices")
     sizes = list(dict.fromkeys(settings.batch_sizes or [at.batch_size]))
     problems = [problem if size == at.batch_size else problem.at(Scenario(size, at.prompt_len, at.generation_len)) for size in sizes]
     best, refused, bounds = None, [], []
@@ -233,38 +253,54 @@ def frontier(
 ) -> list[Solution]:
     """The best score at `points` limits of the constraint `name`, evenly spaced; the other `limits` hold at each.
 
-    From `loosest` (where it stops to bind) to `tightest` (what can be reached). Each solution starts from the one before, and has an
-    equal share of what is left of `time_limit_s`, which is for everything together.
+    From `loosest` (where it stops to bind) to `tightest` (what can be reached; where an architecture takes no time, the best finite
+    speed-up or throughput). Each solution starts from the one before, and has an equal share of what is left of `time_limit_s`, which
+    is for everything together.
     """
     deadline = time.perf_counter() + time_limit_s
 
     def share_s(num_left: int) -> float:
         return max(0.0, deadline - time.perf_counter()) / num_left
 
-    if points < 2:
-        raise UserError(f"frontier.points is {points}; expected at least 2")
+    whole_number("frontier.points", points, 2)
+    for key, limit in (("loosest", loosest), ("tightest", tightest)):
+        if limit is not None:
+            number(f"frontier.{key}", limit, 0, math.inf)
     others = constraints_from({key: limit for key, limit in limits.items() if key != name}, problem)
     total, sense, _ = lookup(name, problem)
+    unit = unit_of(name, problem, problem.scenario)
     loose = solve(problem, others, share_s(points + 2))
     tight = solve(problem, others, share_s(points + 1), objective=name)
-    (probe,) = constraints_from({name: 1.0}, problem)
+
+    def valued(found: Solution) -> float:
+        return found.score if total == SCORE else found.totals[total]
 
     def limit_at(found: Solution, given: float | None) -> float:
         if given is not None:
             return given
-        value = found.score if total == SCORE else found.totals[total]
-        return value / probe.bound if sense == "at most" else probe.bound / value if value else math.inf
+        numerator, divisor = (valued(found), unit) if sense == "at most" else (unit, valued(found))
+        return numerator / divisor if divisor else math.nan
 
+    if sense == "at least" and tightest is None and not valued(tight):  # no limit is infinite: the best that is finite
+        positive = _positive(problem, total)
+        tight = solve(problem, (*others, positive), share_s(points + 1), objective=name) if positive else tight
     ends = limit_at(tight, tightest), limit_at(loose, loosest)
-    if not all(0 < end < math.inf for end in ends):
+    if not all(0 <= end < math.inf for end in ends) or (sense == "at least" and not all(ends)):
         raise UserError(f"the frontier of {name} runs from {ends[1]:g} to {ends[0]:g}; set frontier.loosest and frontier.tightest")
     solutions, rows = [], problem.rows_of(tight.architecture)
-    for number, limit in enumerate(np.linspace(*ends, points)):
+    for index, limit in enumerate(np.linspace(*ends, points)):
         constraints = (*others, *constraints_from({name: float(limit)}, problem))
-        solution = solve(problem, constraints, share_s(points - number), start=rows)
+        solution = solve(problem, constraints, share_s(points - index), start=rows)
         rows = problem.rows_of(solution.architecture)
         solutions.append(solution)
     return solutions[::-1]
+
+
+def _positive(problem: Problem, total: str) -> Constraint | None:
+    """That `total` is not 0, as a limit; None where it always is."""
+    share_O, outside = problem.shares(total)
+    least = min([share for share in (outside, *share_O) if share > 0], default=None)
+    return least and Constraint(total, least, total, lower=least)
 
 
 def _why_infeasible(problem: Problem, constraints: Sequence[Constraint], deadline: float) -> str:

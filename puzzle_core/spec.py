@@ -156,15 +156,16 @@ class Scenario:
     generation_len: int
 
     def __post_init__(self):
-        if min(self.batch_size, self.prompt_len, self.generation_len) < 1:
-            raise UserError(f"workload {self}: batch size, prompt and generation length must be at least 1")
+        sizes = self.batch_size, self.prompt_len, self.generation_len
+        if min(sizes) < 1 or max(sizes) > 10**9:
+            raise UserError(f"workload {self}: batch size, prompt and generation length must be at least 1 and at most 1,000,000,000")
 
     def __str__(self) -> str:
         return f"b{self.batch_size}p{self.prompt_len}g{self.generation_len}"
 
     @classmethod
     def parse(cls, text: str) -> "Scenario":
-        match = re.fullmatch(r"b(\d+)p(\d+)g(\d+)", text)
+        match = re.fullmatch(r"b(\d{1,10})p(\d{1,10})g(\d{1,10})", text)
         if not match:
             raise UserError(f"'{text}' is not a scenario id; expected for example b8p512g128")
         return cls(*map(int, match.groups()))

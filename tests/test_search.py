@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from benchmarks import coupled
 from benchmarks import rivals as benchmark
-from puzzle_core import checks, mip, rivals, search, tables
+from puzzle_core import checks, mip, rivals, schemas, search, tables
 from puzzle_core.constraints import CONSTRAINTS, constraints_from
-from puzzle_core.problem import Problem
+from puzzle_core.problem import SCORE, TOTALS, Problem
 from puzzle_core.search import InfeasibleError, frontier, solve
 from puzzle_core.spec import NO_OP, PARENT, Architecture, Joint, Scenario, Variant
 
@@ -572,7 +572,7 @@ def test_a_pool_by_other_weights_holds_what_is_best_where_kinds_count_more_or_le
 
 
 def test_weights_of_a_pool_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="search.pool_weights is 0.5; expected a number, at least 1"):
+    with pytest.raises(ValueError, match="search.pool_weights is 0.5; expected a number from 1 to"):
         search.Settings(pool_weights=0.5)
     with pytest.raises(ValueError, match="search.objective is latency_ms: set pool_weights to 1"):
         search.Settings(pool_weights=2.0, objective="latency_ms")
@@ -692,6 +692,30 @@ def test_every_point_of_a_frontier_is_what_a_search_of_its_own_finds(name):
         assert point.score == pytest.approx(alone.score, rel=1e-9) and point.status == "optimal"
 
 
+def test_a_frontier_ends_at_0_where_a_total_can_be_0_and_at_the_best_finite_limit_where_one_can_be_infinite():
+    def cost(subblock, k, metric):  # no_op takes nothing, and outside takes no time and no cache
+        return 0.0 if k == 3 or (subblock == "outside" and metric not in ("param_bytes", "num_params")) else PARENT_COSTS[metric] / (1 + k)
+
+    problem = make_problem(num_layers=2, cost=cost)
+    nothing = Architecture.uniform(2, NO_OP, NO_OP)
+    assert totals(problem, nothing)["latency_ms"] == totals(problem, nothing)["kv_mib"] == 0
+    for name in ("kv_mib", "kv_fraction", "latency_ms"):
+        points = frontier(problem, {}, name, points=5)
+        parent = problem.parent_totals[points[0].constraints[-1].total]
+        assert [p.constraints[-1].bound for p in points] == pytest.approx(np.linspace(parent, 0, 5))
+        assert points[0].score == 0 < points[-1].score and points[-1].totals[points[-1].constraints[-1].total] == 0
+        assert all(p.status == "optimal" for p in points)
+    for name in ("speedup", "throughput_tokens_per_s"):
+        points = frontier(problem, {}, name, points=5)
+        latencies = [problem.total("latency_ms", [row]) for row in range(len(problem.options))]
+        assert points[0].score == 0 and points[0].speedup == pytest.approx(1)
+        assert points[-1].totals["latency_ms"] <= min(ms for ms in latencies if ms > 0) * (1 + 1e-9)
+        assert points[-1].constraints[-1].bound == pytest.approx(min(ms for ms in latencies if ms > 0))
+    with pytest.raises(InfeasibleError, match=r"no architecture fits kv_mib 0.0 .* smallest reachable is 0.17081 "):
+        dear = make_problem(num_layers=2)
+        solve(dear, constraints_from({"kv_mib": 0}, dear))
+
+
 def test_the_points_of_a_frontier_share_the_time_limit(monkeypatch):
     shares, late_s = [], [0.0]
     monkeypatch.setattr(search.time, "perf_counter", lambda: late_s[0])
@@ -791,6 +815,91 @@ def test_the_checker_names_what_is_wrong_with_costs(query, changed, words):
     scores, costs = make_tables()
     faults = checks.faults({"scores": scores, "costs": costs.query(query).reset_index(drop=True).assign(**changed)})
     assert all(any(word in fault for fault in faults) for word in words), faults
+
+
+@pytest.mark.parametrize(
+    ("table", "metric"),
+    [
+        *(("costs", name) for name in ("score", "speedup", "memory_mib", "throughput_tokens_per_s", "memory_fraction", "gap")),
+        *(("scores", name) for name in ("score", "speedup", "latency_ms", "num_params", "limit")),
+        ("both", "kl"),
+    ],
+)
+def test_a_metric_of_ones_own_may_not_have_the_name_of_a_total_or_of_a_limit(table, metric, tmp_path):
+    scores, costs = make_tables()
+    scores = pd.concat([scores, scores.assign(metric=metric)]) if table == "scores" else scores
+    costs = costs if table == "scores" else pd.concat([costs, costs.query("metric == 'prefill_ms'").assign(metric=metric)])
+    found = {"scores": scores.reset_index(drop=True), "costs": costs.reset_index(drop=True)}
+    for name, content in found.items():
+        content.to_parquet(tmp_path / f"{name}.parquet")
+    (fault,) = checks.faults(checks.load(tmp_path))
+    assert metric in fault and "call" in fault and "something else" in fault
+    with pytest.raises(ValueError, match=metric):
+        search.posed(tmp_path, search.Settings(), Scenario.parse(SCENARIO))
+
+
+def test_every_name_of_a_limit_or_total_is_reserved():
+    named = {*CONSTRAINTS, *TOTALS, SCORE, *make_problem().parent_totals}
+    assert named <= {*schemas.RESERVED, *schemas.BASE_METRICS}
+
+
+@pytest.mark.parametrize("layer", [7, 9_000, 10**9])
+def test_a_layer_far_beyond_the_others_is_refused_and_not_counted_up_to(layer, tmp_path):
+    scores, costs = make_tables()
+    far = pd.concat([scores, scores.query("layer == 3").assign(layer=layer)], ignore_index=True)
+    start = time.perf_counter()
+    (fault,) = checks.faults({"scores": far, "costs": costs})
+    if layer < schemas.MOST_LAYERS:
+        assert "layer 4 (every row)" in fault and "every layer from 0 to the last" in fault
+    else:
+        assert f"({layer} attention parent kl)" in fault and "without a gap" in fault
+        with pytest.raises(ValueError, match="the layers before it have no rows"):
+            tables.check("scores", far)
+        with pytest.raises(ValueError, match="the layers before it have no rows"):
+            tables.check("costs", costs.assign(layer=layer))
+    with pytest.raises(ValueError, match=f"no layer 4 attention parent, layer 4 ffn parent.* but has layer {layer}"):
+        Problem.from_tables(far, costs, "kl", SCENARIO)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"pool_size": 10**12}, "pool_size is 1000000000000; expected a whole number from 1 to 10,000"),
+        ({"pool_size": 1e12}, "pool_size is 1000000000000.0; expected a whole number"),
+        ({"pool_size": True}, "pool_size is True; expected a whole number"),
+        ({"pool_distance": 0}, "pool_distance is 0; expected a whole number"),
+        ({"pool_weights": math.inf}, "pool_weights is inf; expected a number from 1 to"),
+        ({"pool_weights": math.nan}, "pool_weights is nan; expected a number from 1 to"),
+        ({"batch_sizes": 8}, "batch_sizes is 8; expected a list"),
+        ({"batch_sizes": [8, 1.5]}, "one of search.batch_sizes is 1.5; expected a whole number"),
+        ({"time_limit_s": math.nan}, "time_limit_s is nan; expected a number"),
+        ({"time_limit_s": 1e300}, r"time_limit_s is 1e\+300; expected a number"),
+    ],
+)
+def test_settings_of_absurd_size_are_refused_at_once(asked, words):
+    with pytest.raises(ValueError, match=words):
+        search.Settings(**asked)
+
+
+def test_distances_points_ends_and_scenarios_of_absurd_size_are_refused_at_once():
+    problem = make_problem()
+    with pytest.raises(ValueError, match="pool_distance is 9, and an architecture has only 8 choices"):
+        search.search(problem, {}, search.Settings(pool_size=2, pool_distance=9))
+    for points in (1, 10**12, 2.5):
+        with pytest.raises(ValueError, match="frontier.points is .* expected a whole number from 2 to 10,000"):
+            frontier(problem, {}, "speedup", points=points)
+    with pytest.raises(ValueError, match="frontier.tightest is '2x'; expected a number"):
+        frontier(problem, {}, "speedup", points=3, tightest="2x")
+    for text in ("b1p1g99999999999999999999", "b" + "9" * 5000 + "p1g1"):
+        with pytest.raises(ValueError, match="is not a scenario id"):
+            Scenario.parse(text)
+    with pytest.raises(ValueError, match="at most 1,000,000,000"):
+        constraints_from({"kv_mib": {"at_most": 1, "context_len": 10**12}}, problem)
+    with pytest.raises(ValueError, match="rivals.rl_steps is 1000000000000; expected a whole number"):
+        rivals.Settings(rl_steps=10**12)
+    with pytest.raises(ValueError, match="random is 1000000000000; expected a whole number"):
+        rivals.random_architectures(problem, (), 10**12, rivals.Settings())
 
 
 def test_a_scenario_is_searched_with_the_metrics_that_it_has():
