@@ -82,8 +82,6 @@ def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -
     """The best architecture over the allowed batch sizes, then the pool's others; InfeasibleError, TimeoutError."""
     deadline = time.perf_counter() + settings.time_limit_s
     at = problem.scenario
-    if settings.pool_size > 1 and settings.pool_distance > 2 * problem.num_layers:
-        raise UserError(f"search.pool_distance is {settings.pool_distance}, and an architecture has only {2 * problem.num_layers} choices")
     sizes = list(dict.fromkeys(settings.batch_sizes or [at.batch_size]))
     problems = [problem if size == at.batch_size else problem.at(Scenario(size, at.prompt_len, at.generation_len)) for size in sizes]
     best, refused, bounds = None, [], []
