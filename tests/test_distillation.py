@@ -1,4 +1,5 @@
 """Initialisation, training, scoring and healing do what their formulas say, on the pico parent."""
+import copy
 import json
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
 from puzzle_core.problem import Problem
 from puzzle_core.spec import FFN, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant
-from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space
+from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space, swapped
 
 SETTINGS = bld.Settings(64, 4, 1024, 2048, 512, [0.01, 0.1], 1e-3, 0.1, 0.0, 1.0)
 SCORE = scoring.Settings(256, 64, 4, ["kl", "lm_loss"])
@@ -65,6 +66,18 @@ def test_ridge_fits_the_bias_where_there_is_one():
     torch.testing.assert_close(last.bias.detach(), bias, atol=1e-3, rtol=1e-3)
 
 
+def test_ridge_is_as_strong_as_held_out_tokens_ask_for_and_in_proportion_to_the_inputs():
+    generator = torch.Generator().manual_seed(0)
+    inputs, noise = torch.randn(400, 250, generator=generator), torch.randn(400, 3, generator=generator)
+    fitted = []
+    for scale in (1.0, 100.0):
+        last = nn.Linear(250, 3, bias=False)
+        last.weight.data.zero_()
+        assert ridge(last, scale * inputs, noise, [1e-6, 10.0]) == 10.0  # 300 tokens of noise fit 250 weights, and held-out ones do not
+        fitted.append(scale * last.weight.detach())
+    torch.testing.assert_close(*fitted)
+
+
 def test_the_error_of_a_fit_is_its_normalised_square_error():
     inputs, targets, weight = torch.randn(50, 6), torch.randn(50, 3), torch.randn(6, 3)
     statistics = surgery.RidgeStatistics(nn.Linear(6, 3, bias=False))
@@ -91,7 +104,8 @@ def test_refitting_lowers_the_loss(pico, corpus, library, tmp_path):
 
 
 def test_the_order_of_removal_is_the_one_found_by_trying_every_channel():
-    inputs, last = torch.randn(40, 7), torch.randn(5, 7)
+    generator = torch.Generator().manual_seed(0)  # of few causes, so that what is gone before counts
+    inputs, last = torch.randn(40, 3, generator=generator) @ torch.randn(3, 7, generator=generator), torch.randn(5, 7, generator=generator)
     order = surgery.removal_order((inputs.T @ inputs) * (last.T @ last)).tolist()
     whole, left = inputs @ last.T, list(range(7))
     for rank in range(7):
@@ -99,6 +113,21 @@ def test_the_order_of_removal_is_the_one_found_by_trying_every_channel():
         least = min(errors, key=errors.get)
         assert order[least] == rank
         left.remove(least)
+
+
+@torch.no_grad()
+def test_a_channel_matters_by_what_it_adds_or_by_all_its_weights(pico):
+    ffn, batches = copy.deepcopy(pico.module(0, FFN)), torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    ffn.down_proj.weight.mul_(torch.linspace(0.1, 2, 160))
+    inner = ffn.act_fn(ffn.gate_proj(batches)) * ffn.up_proj(batches)
+    weights = torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T], dim=1)
+    columns = ffn.down_proj.weight.square().sum(0).sqrt()
+    expected = {"contribution": inner.abs().mean((0, 1)) * columns, "weight_norm": weights.square().sum(1).sqrt()}
+    for channels, importance in expected.items():
+        with surgery.watch_ffn(ffn, pico.family.ffn, channels) as seen:
+            for batch in batches:
+                ffn(batch)
+        torch.testing.assert_close(surgery.importance(seen, ffn, pico.family.ffn, channels, "0"), importance)
 
 
 def test_each_initialisation_is_named_and_another_remakes_only_what_it_is_for(pico, corpus, tmp_path):
@@ -117,11 +146,23 @@ def test_each_initialisation_is_named_and_another_remakes_only_what_it_is_for(pi
         replace(SETTINGS, channels="iteratve")
 
 
-def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, corpus, library, tmp_path):
-    table, _, _ = library
-    jobs = bld.jobs(pico, [{FFN: [Variant("w", 80)]}] * 4, SETTINGS, 0, corpus)
-    alone, _ = bld.train_library(pico, jobs, corpus, SETTINGS, 0, tmp_path / "blocks")
-    pd.testing.assert_frame_equal(alone, table.query("variant == 'w80'").reset_index(drop=True))
+def made_in_layer(layer, pico, corpus, settings, space, blocks) -> pd.DataFrame:
+    """The library of one layer alone."""
+    jobs = [job for job in bld.jobs(pico, [space] * 4, settings, 0, corpus) if job.layer == layer]
+    return bld.train_library(pico, jobs, corpus, settings, 0, blocks)[0].set_index("variant")
+
+
+def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, corpus, tmp_path):
+    settings = replace(SETTINGS, ridge=None, grad_clip=1e-6)  # so small that AdamW's epsilon counts: how much is clipped shows
+    several = {"attention": [Variant("kv", 1)], FFN: [Variant("w", 96), Variant("w", 80), Variant("w", 48), Variant("linear")]}
+    beside = made_in_layer(1, pico, corpus, settings, several, tmp_path / "beside")
+    for subblock, variant in ((FFN, Variant("w", 80)), (FFN, Variant("w", 48)), ("attention", Variant("kv", 1))):
+        alone = made_in_layer(1, pico, corpus, settings, {subblock: [variant]}, tmp_path / str(variant))
+        pd.testing.assert_frame_equal(alone, beside.loc[[str(variant)]], rtol=1e-5)
+        assert alone.outcome.item() == "trained" and alone.loss_after.item() < 0.999 * alone.loss_before.item()
+        ours, theirs = (load_file(tmp_path / folder / alone.path.item()) for folder in (str(variant), "beside"))
+        for name, tensor in ours.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=2e-5, rtol=0)
 
 
 def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, library, tmp_path):
@@ -140,15 +181,25 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
     pd.testing.assert_frame_equal(tables.check("library", shrunk), table)
 
 
-def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, corpus, library, tmp_path, capsys):
-    hot = replace(SETTINGS, lr=1e30)
+def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, corpus, tmp_path, monkeypatch, capsys):
     space = {FFN: [Variant("w", 80), Variant("w", 48)], "attention": [Variant("kv", 1)]}
-    table, _ = bld.train_library(pico, bld.jobs(pico, [space] * 4, hot, 0, corpus), corpus, hot, 0, tmp_path / "blocks")
-    assert set(table.outcome) == {"rolled back"} and (table.loss_after == table.loss_before).all()
-    assert "variant w80 of ffn in layer 0: validation loss" in capsys.readouterr().out
-    module = build_subblock(pico, 0, FFN, Variant("w", 80))
-    load_weights(module, *tables.variant_files(table, tmp_path / "blocks")(0, FFN, Variant("w", 80)))
-    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    healthy = made_in_layer(0, pico, corpus, SETTINGS, space, tmp_path / "healthy")
+    clip, poisoned = windows.Window._clip, []
+
+    def poison(self):
+        for group in self.groups:
+            for index, trainee in enumerate(group.trainees):
+                for gradient in group.learner.gradients(index) if str(trainee.job.variant) == "w48" else ():
+                    poisoned.append(gradient.fill_(float("nan")))
+        clip(self)
+
+    monkeypatch.setattr(windows.Window, "_clip", poison)
+    table = made_in_layer(0, pico, corpus, SETTINGS, space, tmp_path / "blocks")
+    assert poisoned and table.outcome["w48"] == "rolled back" and table.loss_after["w48"] == table.loss_before["w48"]
+    assert "variant w48 of ffn in layer 0: validation loss" in capsys.readouterr().out
+    parameters = load_file(tmp_path / "blocks" / table.path["w48"]).values()
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    pd.testing.assert_frame_equal(table.drop("w48"), healthy.drop("w48"))
 
 
 def test_the_refit_always_holds_a_batch_out():
@@ -165,12 +216,28 @@ def test_settled_variants_stop_early_and_say_when(pico, corpus, tmp_path):
     assert (table.loss_after <= table.loss_before).all()
 
 
-@pytest.mark.parametrize("changes", [{"target": "block"}, {"loss_per": "token"}])
+@pytest.mark.parametrize("changes", [{"target": "subblock"}, {"target": "block"}, {"loss_per": "token"}])
 def test_every_target_and_loss_can_be_learnt(pico, corpus, tmp_path, changes):
     settings = replace(SETTINGS, **changes)
     space = {"attention": [Variant("kv", 1)], FFN: [Variant("w", 80), Variant("w", 48)]}
     table, _ = bld.train_library(pico, bld.jobs(pico, [space] * 4, settings, 0, corpus), corpus, settings, 0, tmp_path / "blocks")
     assert (table.loss_after < table.loss_before).mean() > 0.7
+    module, losses, said = build_subblock(pico, 1, FFN, Variant("w", 80)), [], []
+    load_weights(module, *tables.variant_files(table, tmp_path / "blocks")(1, FFN, Variant("w", 80)))
+    handles = [m.register_forward_hook(lambda _, args, out: said.append(out)) for m in (pico.module(1, FFN), module, pico.layers[1])]
+    for ids in corpus.batches("validation", 512, 64, 4, seed="bld-val-0"):
+        with torch.no_grad():
+            pico.model(torch.as_tensor(ids))
+            with swapped(pico, 1, FFN, module):
+                pico.model(torch.as_tensor(ids))
+        of_parent, whole, of_child, of_block = said
+        said.clear()
+        error, size = (whole - of_block).square(), (whole if changes == {"target": "block"} else of_parent).square()
+        losses.append((error.mean(-1) / size.mean(-1)).mean() if changes == {"loss_per": "token"} else error.mean() / size.mean())
+    for handle in handles:
+        handle.remove()
+    row = table.query("layer == 1 and variant == 'w80'")
+    assert row.loss_after.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 def test_windows_that_rerun_the_parent_give_the_same_library(pico, corpus, tmp_path):
