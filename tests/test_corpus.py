@@ -25,6 +25,9 @@ def test_packing_is_deterministic_full_and_split_by_document(corpus):
     sides = {split: {document.text for document in documents} for split, documents in corpus.splits.items()}
     assert sum(map(len, sides.values())) == len(set().union(*sides.values()))
     assert all(0.07 < len(sides[split]) / sum(map(len, sides.values())) < 0.13 for split in ("development", "test"))
+    for split, texts in sides.items():
+        first, *whole, _ = corpus.tokenizer.decode(corpus.sequences(split, 30_000, 64, seed="a").ravel()).split(corpus.tokenizer.eos_token)
+        assert len(whole) > 1 and {first, *whole} <= texts
 
 
 def test_a_document_stays_on_its_side_whatever_else_the_corpus_holds(pico, corpus, tmp_path):

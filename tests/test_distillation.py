@@ -2,6 +2,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -163,6 +164,21 @@ def test_a_variant_does_not_depend_on_which_others_are_trained_beside_it(pico, c
         ours, theirs = (load_file(tmp_path / folder / alone.path.item()) for folder in (str(variant), "beside"))
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_a_variant_is_made_again_where_anything_that_determines_it_changed_and_not_where_only_the_work_is_done_otherwise(pico, corpus):
+    def mark(parent=pico, seed=0, text=corpus, **changes) -> str:
+        (job,) = bld.jobs(parent, [{FFN: [Variant("w", 80)]}], replace(SETTINGS, **changes), seed, text)
+        return job.fingerprint
+
+    another = SimpleNamespace(fingerprint="another")
+    others = [mark(), mark(replace(pico, identity="another")), mark(seed=1), mark(text=another), mark(eval_every_steps=2, settled=0.1)]
+    changes = {"seq_len": 32, "batch_size": 2, "calibration_tokens": 2048, "train_tokens": 512, "val_tokens": 256, "ridge": None}
+    changes |= {"lr": 2e-3, "warmup_fraction": 0.2, "weight_decay": 0.1, "grad_clip": 2.0, "channels": "random", "target": "block"}
+    changes |= {"loss_per": "token", "eval_every_steps": 2}
+    others += [mark(**{name: value}) for name, value in changes.items()]
+    assert len(set(others)) == len(others) == 19
+    assert {mark(save_every_steps=3), mark(memory_gib=1.0), mark(compile=True), mark(kv_heads="best")} == {mark()}
 
 
 def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, library, tmp_path):

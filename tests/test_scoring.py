@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -307,6 +309,24 @@ def test_another_metric_is_measured_alone_and_the_others_are_kept(pico, library,
     np.testing.assert_allclose(more[more.metric == "cosine_distance"].value, expected, rtol=1e-4, atol=1e-7)
     fewer, made = score(pico, library, corpus, scored)
     assert made == 0 and set(fewer.metric) == {"kl", "lm_loss"}
+
+
+def test_a_score_is_measured_again_where_anything_that_determines_it_changed(pico, library, corpus):
+    def marks(parent=pico, table=library[0], text=corpus, **changes) -> dict:
+        return scoring.fingerprints(parent, table, text, settings(**{"questions": QUESTIONS, **changes}))
+
+    def changed(others: dict) -> set[str]:
+        return {metric for (row, metric), mark in marks().items() if others[row, metric] != mark}
+
+    assert len(set(marks().values())) == len(marks()) == 3 * len(library[0])
+    everything, of_text, asked = {*settings().names, "accuracy_drop:sample"}, set(settings().names), QUESTIONS["sample"]
+    assert changed(marks(replace(pico, identity="another"))) == changed(marks(table=library[0].assign(fingerprint="another"))) == everything
+    assert changed(marks(text=SimpleNamespace(fingerprint="another"))) == of_text
+    for change in ({"num_tokens": 256}, {"seq_len": 32}, {"batch_size": 2}):
+        assert changed(marks(**change)) == of_text
+    for change in ({"num_questions": 6}, {"length_normalised": False}):
+        assert changed(marks(questions={"sample": {**asked, **change}})) == {"accuracy_drop:sample"}
+    assert not changed(marks(variants_at_once=3, head_tokens=37, memory_gib=1.0))
 
 
 def test_finished_layers_are_kept_and_only_the_rest_is_scored(pico, library, corpus):
