@@ -20,6 +20,7 @@ from puzzle_core.corpus import Corpus
 from puzzle_core.parents import load_parent
 from puzzle_core.plan import plan
 from puzzle_core.problem import Problem
+from puzzle_core.schedule import lr_factor
 from puzzle_core.spec import FFN, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Variant
 from puzzle_core.subblocks import build_subblock, load_weights, resolve_layers, resolve_space, swapped
 
@@ -195,6 +196,20 @@ def test_growing_the_space_trains_and_scores_the_new_variant_only(pico, corpus, 
     shrunk, made = bld.train_library(pico, library[2], corpus, SETTINGS, 0, blocks)
     assert made == 0 and {f.name for f in blocks.iterdir()} == set(before)
     pd.testing.assert_frame_equal(tables.check("library", shrunk), table)
+
+
+def test_the_rate_weight_decay_and_the_clip_of_gradients_are_those_of_the_settings(pico, corpus, tmp_path):
+    def weights(train_tokens=256, **changes) -> torch.Tensor:
+        blocks = tmp_path / f"{train_tokens} {changes}" / "blocks"
+        settings = replace(SETTINGS, ridge=None, train_tokens=train_tokens, **changes)
+        table = made_in_layer(0, pico, corpus, settings, {FFN: [Variant("w", 80)]}, blocks)
+        assert table.outcome.item() == ("trained" if train_tokens else "untrained")
+        return load_file(blocks / table.path.item())["up_proj.weight"]
+
+    begun, plain, rate = weights(train_tokens=0), weights(), SETTINGS.lr * lr_factor(0, 1, SETTINGS.warmup_fraction)
+    assert (plain - begun).abs().median().item() == pytest.approx(rate, rel=1e-2)  # AdamW's first step
+    torch.testing.assert_close(weights(weight_decay=1.0) - plain, -rate * begun, atol=1e-6, rtol=1e-3)
+    assert 0 < (weights(grad_clip=1e-9) - begun).abs().max() < 0.1 * rate  # below AdamW's epsilon
 
 
 def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, corpus, tmp_path, monkeypatch, capsys):

@@ -118,6 +118,20 @@ def test_small_steps_add_up_to_the_large_one(pico, corpus, tmp_path):
     assert curves[0][-2]["held_out_kl"] == pytest.approx(curves[1][-2]["held_out_kl"], rel=1e-4)
 
 
+def test_weight_decay_and_the_clip_of_gradients_are_those_of_the_settings(pico, corpus, child, tmp_path):
+    begun = child.model.layers[1].mlp.up_proj.weight.detach().clone()
+
+    def moved(**changes) -> torch.Tensor:
+        own = copy.deepcopy(child)
+        settings = replace(SETTINGS, train_tokens=256, eval_tokens=0, save_every_steps=None, **changes)
+        gkd.heal(pico, own, corpus, settings, 0, tmp_path / f"work{changes}")
+        return own.model.layers[1].mlp.up_proj.weight.detach() - begun
+
+    plain, rate = moved(), SETTINGS.lr * gkd.lr_factor(0, num_steps=1, warmup_fraction=SETTINGS.warmup_fraction)
+    torch.testing.assert_close(moved(weight_decay=10.0) - plain, -rate * 10.0 * begun, atol=1e-6, rtol=1e-3)
+    assert 0 < moved(grad_clip=1e-9).abs().max() < 0.1 * plain.abs().max()  # below AdamW's epsilon
+
+
 def test_the_best_state_is_kept_and_not_the_last(pico, corpus, child, tmp_path, monkeypatch):
     """The learning rate explodes half way: what was best before that is what one gets."""
     factor = gkd.lr_factor
