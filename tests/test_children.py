@@ -355,10 +355,16 @@ def test_assemble_writes_a_child_that_is_whole_or_not_there(data, tmp_path, monk
     assert figures(data / "child") == {key: pytest.approx(measured[key]) for key in ("kl", "perplexity", "top1_agreement")}
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("child", ".*"))
     monkeypatch.setattr(stages.assemble, "verify_reload", lambda *_: None)
-    monkeypatch.setattr(cards, "write", lambda *_: read_json(tmp_path / "missing"))
+    begun = []
+
+    def write(folder, *_) -> None:
+        begun.extend(file.name for file in folder.iterdir())
+        read_json(tmp_path / "missing")
+
+    monkeypatch.setattr(cards, "write", write)
     with pytest.raises(SystemExit):
         stages.assemble.run(config(tmp_path / "data"))
-    assert not list((tmp_path / "data").glob("*child*"))
+    assert "model.safetensors" in begun and not list((tmp_path / "data").glob("*child*"))
 
 
 def test_assemble_keeps_the_solution_of_the_pool_whose_child_is_nearest_to_the_parent(data):
