@@ -120,14 +120,15 @@ def accuracy(model, tokenizer, normalised: bool) -> float:
 def test_accuracy_drop_is_the_share_of_questions_answered_rightly_less(pico, library, corpus, scored):
     got = scored.set_index(KEY).value
     assert scored.query("metric == 'accuracy_drop:sample'").value.abs().max() > 0
-    child = child_with(pico, library[1], 1, "no_op", "parent")
+    child = child_with(pico, library[1], 0, "kv1", "parent")  # normalised or not: another drop
     expected = accuracy(pico.model, pico.tokenizer, True) - accuracy(child, pico.tokenizer, True)
-    assert got[1, "attention", "no_op", "accuracy_drop:sample"] == pytest.approx(expected)
+    assert got[0, "attention", "kv1", "accuracy_drop:sample"] == pytest.approx(expected)
     plain = {"sample": {**QUESTIONS["sample"], "length_normalised": False}}
-    table = library[0].query("layer == 1 and variant == 'no_op'")
+    table = library[0].query("layer == 0 and variant == 'kv1'")
     alone, _ = score(pico, (table, library[1]), corpus, metrics=[], questions=plain, head_tokens=7, seq_len=16)
-    expected = accuracy(pico.model, pico.tokenizer, False) - accuracy(child, pico.tokenizer, False)
-    assert alone.set_index(KEY).value[1, "attention", "no_op", "accuracy_drop:sample"] == pytest.approx(expected)
+    unnormalised = accuracy(pico.model, pico.tokenizer, False) - accuracy(child, pico.tokenizer, False)
+    assert alone.set_index(KEY).value[0, "attention", "kv1", "accuracy_drop:sample"] == pytest.approx(unnormalised)
+    assert unnormalised != pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", [{"variants_at_once": 3}, {"head_tokens": 37}, {"memory_gib": 0.0012}, {"memory_gib": 0.0014}])
