@@ -73,7 +73,7 @@ def test_differences_become_costs_whatever_the_machine_does_meanwhile():
         assert found[metric] == pytest.approx((scale * (expected["w"] + both / 2), 0.0), abs=1e-9)
 
 
-def test_a_larger_space_and_another_workload_measure_only_what_is_new(pico):
+def test_a_larger_space_and_another_workload_measure_only_what_is_new(pico, monkeypatch):
     other = Scenario(1, 8, 4)
     first, _ = profile(pico, space_of(pico), SCENARIO)
     grown, made = profile(pico, space_of(pico, ffn=("w80", "w48", "no_op")), SCENARIO, known=first)
@@ -86,8 +86,10 @@ def test_a_larger_space_and_another_workload_measure_only_what_is_new(pico):
     assert made == 0 and set(alone.scenario) == {"b1p8g4"}
     geometry = pico_parent(intermediate_size=192)
     assert profile(geometry, space_of(geometry), SCENARIO, known=first)[1] == 7
-    again = costs.Torch(device="cpu", repeats=3, warmup=0, decode_contexts=2, decode_steps=1)
-    assert profile(pico, space_of(pico), SCENARIO, backend=again, known=first)[1] == 7
+    for changed in ({"repeats": 3}, {"warmup": 1}, {"decode_contexts": 1}, {"decode_steps": 2}):
+        assert profile(pico, space_of(pico), SCENARIO, backend=replace(QUICK, **changed), known=first)[1] == 7
+    monkeypatch.setattr(costs.Torch, "place", lambda self, parent: "another machine")
+    assert profile(pico, space_of(pico), SCENARIO, known=first)[1] == 7
 
 
 def test_a_killed_profile_keeps_the_variants_it_has(pico):
