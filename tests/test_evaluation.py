@@ -275,9 +275,9 @@ def test_the_error_of_what_is_retained_is_that_of_resampled_questions():
         again = [[Answers(a.right_N[pick], a.chance) for a, pick in zip(some, picks, strict=True)] for some in (parents, children)]
         resampled.append(retained(*again)[0])
     assert error == pytest.approx(np.std(resampled), rel=0.1)
-    assert retained(parents, parents) == (1, 0)
+    assert retained(parents, parents) == (1, 0) and standard_error(np.array([0.0, 1.0])) == pytest.approx(0.5)
     right_N = np.tile([1.0, 0.0, 0.0, 0.0], 100)
-    lucky, better = (Answers(right_N, 0.25 - errors * standard_error(right_N)) for errors in (1.9, 2.1))  # above chance
+    lucky, better = (Answers(right_N, 0.25 - errors * standard_error(right_N)) for errors in (1.999, 2.001))  # above chance
     assert retained([lucky], [better]) is None and retained([better], [better]) == (1, 0)
     assert retained([*parents, lucky], [*children, lucky]) == (share, error)
 

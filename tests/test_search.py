@@ -232,6 +232,19 @@ def test_a_limit_out_of_reach_comes_with_the_best_one_that_can_be_typed_in_inste
     assert solve(problem, constraints_from({"speedup": reachable}, problem)).status == "optimal"
     with pytest.raises(InfeasibleError):
         solve(problem, constraints_from({"speedup": 1.001 * reachable}, problem))
+    for seed in range(8):  # rounded to the reachable side, whichever is nearer
+        problem = make_problem(num_layers=2, seed=seed)
+        with pytest.raises(InfeasibleError) as error:
+            solve(problem, constraints_from({"speedup": 50.0}, problem))
+        reachable = float(str(error.value).split("reachable is ")[1].split()[0])
+        assert solve(problem, constraints_from({"speedup": reachable}, problem)).status == "optimal"
+
+
+def test_what_is_only_counted_is_no_source_beside_what_was_measured():
+    scores, costs = make_tables()
+    mixed = costs.assign(source=costs["unit"].map(lambda unit: "measured" if unit == "ms" else "computed"))
+    assert Problem.from_tables(scores, mixed, "kl", SCENARIO).source == "measured"
+    assert Problem.from_tables(scores, costs.assign(source="computed"), "kl", SCENARIO).source == "computed"
 
 
 def test_of_several_limits_the_message_names_those_out_of_reach_and_tells_how_far_the_others_go():

@@ -49,6 +49,14 @@ def test_a_table_is_checked_again_unless_it_is_what_was_checked_when_it_was_writ
     assert checked == (["scores"] if change else [])
 
 
+def test_columns_that_changed_their_names_are_checked_again(tmp_path):
+    tables.write("scores", scores(), tmp_path / "scores.parquet")
+    swapped = {"subblock": "variant", "variant": "subblock"}
+    pd.read_parquet(tmp_path / "scores.parquet").rename(columns=swapped).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match="scores table does not fit"):
+        tables.read("scores", tmp_path / "scores.parquet")
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
