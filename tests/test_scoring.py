@@ -101,6 +101,8 @@ def test_a_score_is_what_the_child_with_that_one_replacement_loses(pico, library
         assert got[metric] == pytest.approx(value.item(), rel=2e-5, abs=2e-7), metric
     compared = evaluation.compare(pico.model, child, list(ids.numpy().reshape(-1, 4, 64)))["child"]
     assert compared["kl"] == pytest.approx(got["kl"], rel=1e-5)
+    of_sequences = nn.functional.kl_div(log_c, log_p, log_target=True, reduction="none").sum(-1).mean(-1)
+    assert compared["kl_stderr"] == pytest.approx(of_sequences.std().item() / len(ids) ** 0.5, rel=1e-4)
     assert compared["perplexity"] == pytest.approx(loss(child, ids).exp().item(), rel=1e-5)
 
 
