@@ -21,7 +21,7 @@ def _any_variant(text: str) -> Variant | Joint:
 
 
 MOST_LAYERS = 10_000
-BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token", KV_WINDOW)  # of costs: what totals are made of
+BASE_METRICS = ("prefill_ms", "decode_ms", "param_bytes", "num_params", "kv_bytes_per_token", KV_WINDOW)  # what totals are made of
 # Names of totals, of limits and of what stands beside them in a row of a result: a metric of that name would be taken for it.
 RESERVED = (
     *("score", "latency_ms", "memory_mib", "kv_mib", "throughput_tokens_per_s"),
