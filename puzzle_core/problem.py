@@ -141,6 +141,10 @@ class Problem:
     def _row_of(self) -> dict:
         return {option: row for row, option in enumerate(self.options)}
 
+    def row_of(self, layer: int, subblock: str, variant: Variant | Joint) -> int | None:
+        """The option of that name; None if the tables have none."""
+        return self._row_of.get((layer, subblock, variant))
+
     def rows_of(self, architecture: Architecture) -> list[int]:
         """The options that make `architecture`; ValueError if the tables lack one."""
         lacking = ["layer {} {} {}".format(*option) for option in architecture.rows() if option not in self._row_of]

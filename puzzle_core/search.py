@@ -21,7 +21,7 @@ from puzzle_core import mip, tables
 from puzzle_core.constraints import SLACK, as_limit, constraints_from, digits, extreme, holds, lookup, named, reached, scenario_of, unit_of
 from puzzle_core.errors import UserError
 from puzzle_core.problem import SCORE, Problem
-from puzzle_core.spec import Architecture, Constraint, Scenario, Solution, halves
+from puzzle_core.spec import BLOCK, Architecture, Constraint, Scenario, Solution, halves
 from puzzle_core.targets import expressible
 
 DRAWS = 16  # of weights, for each other solution of a pool that is wanted
@@ -149,7 +149,7 @@ def solve(
         if unlike:
             raise InfeasibleError(f"no architecture for {named(constraints)} differs in {distance} choices from {len(unlike)} others")
         raise InfeasibleError(_why_infeasible(problem, constraints, deadline))
-    rows = found.rows.tolist()
+    rows = _in_halves(problem, program, found.rows.tolist())
     solution = Solution(
         architecture=problem.architecture_of(rows),
         scenario=problem.scenario,
@@ -166,6 +166,18 @@ def solve(
         hardware=problem.hardware,
     )
     return replace(solution, bound=solution.value if found.proven else min(solution.bound, solution.value))
+
+
+def _in_halves(problem: Problem, program: mip.Program, rows: list[int]) -> list[int]:
+    """`rows` with the halves of every joint block that is no better than they are, as the parent's block is not."""
+    for row in [row for row in rows if problem.options[row][1] == BLOCK]:
+        layer, _, block = problem.options[row]
+        halves = [problem.row_of(layer, *half) for half in block.halves]
+        if None not in halves:
+            split = [*(other for other in rows if other != row), *halves]
+            if program.fits(np.array(split)) and not program.lighter(np.array(rows), np.array(split)):
+                rows = split
+    return rows
 
 
 def program_of(

@@ -256,7 +256,7 @@ def test_every_target_and_loss_can_be_learnt(pico, corpus, tmp_path, changes):
     module, losses, said = build_subblock(pico, 1, FFN, Variant("w", 80)), [], []
     load_weights(module, *tables.variant_files(table, tmp_path / "blocks")(1, FFN, Variant("w", 80)))
     handles = [m.register_forward_hook(lambda _, args, out: said.append(out)) for m in (pico.module(1, FFN), module, pico.layers[1])]
-    for ids in corpus.batches("validation", 512, 64, 4, seed="bld-val-0"):
+    for ids in bld.text_of(corpus, settings, 0)["val"]:
         with torch.no_grad():
             pico.model(torch.as_tensor(ids))
             with swapped(pico, 1, FFN, module):
