@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         rows.append(measure(name, options, device))
         print(", ".join(f"{k} {v:,.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         emptied(device)
-    written = write_results("kl_floor", {"asked": vars(options), "geometries": rows}, device)
+    result = "kl_floor_gpu" if device.type == "cuda" else "kl_floor_cpu"
+    written = write_results("kl_floor", {"asked": vars(options), "geometries": rows}, device, result)
     print(pd.DataFrame(rows).T.to_string(float_format=lambda value: f"{value:,.3g}"))
     print(f"written: {written}")
     return rows
