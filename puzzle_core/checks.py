@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.errors import UserError
-from puzzle_core.schemas import BASE_METRICS, MOST_LAYERS, RESERVED
+from puzzle_core.schemas import BASE_METRICS, MEASURED, MOST_LAYERS, RESERVED
 from puzzle_core.spec import BLOCK, KV_WINDOW, OUTSIDE, PARENT, SUBBLOCKS, Joint, Scenario, halves, is_parent, parse_variant
 from puzzle_core.tables import SCHEMAS, check
 
@@ -104,7 +104,7 @@ def _cells(name: str, table: pd.DataFrame) -> Iterator[str]:
         yield from where(table["layer"] < (-1 if name == "costs" else 0), "has a negative layer", "count layers from 0")
         yield from where(table["layer"] >= MOST_LAYERS, f"is of a layer beyond {MOST_LAYERS}", "count layers from 0, without a gap")
     if "metric" in table:
-        taken = table["metric"].isin((*RESERVED, *BASE_METRICS) if name == "scores" else RESERVED)
+        taken = table["metric"].isin((*RESERVED, *BASE_METRICS) if name == "scores" else (*RESERVED, *MEASURED))
         yield from where(taken, "has a metric with the name of a total, a limit or a column of results", "call it something else")
     key = [column for column in SCHEMAS[name].unique if column in table]
     yield from where(table.duplicated(key, keep=False), "is there more than once", "keep one row of each key")

@@ -115,6 +115,8 @@ def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem:
     if relative:
         parent = problem.total(total, problem.parent_rows, scenario)
         bound = parent * value if sense == "at most" else parent / value
+    if not math.isfinite(bound):
+        raise UserError(f"constraint {name} is {limit!r}, which no number of {total} can hold; leave it out or set it to null")
     upper = (key == "at_most") == (sense == "at most")
     where = "" if scenario == problem.scenario else str(scenario)
     return Constraint(name, float(value), total, bound if upper else None, None if upper else bound, where, relative)

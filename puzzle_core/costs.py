@@ -193,7 +193,7 @@ def profile(
 
 def unsure(table: pd.DataFrame) -> str:
     """How many of a table's times are no larger than their spread, in words; "" where all are."""
-    times = table[(table["unit"] == "ms") & (table["variant"] != str(NO_OP))]
+    times = table[(table["unit"] == "ms") & (table["variant"] != str(NO_OP)) & (table[["value", "spread"]] > 0).any(axis=1)]
     count = int((times["value"] <= times["spread"]).sum())
     return f", {count} of {len(times)} times are within their spread (raise hardware.repeats)" if count else ""
 

@@ -9,20 +9,26 @@ import numpy as np
 import pandas as pd
 
 from puzzle_core.errors import UserError
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, SUBBLOCKS, Joint, Variant
+from puzzle_core.spec import ATTENTION, BLOCK, FFN, KV_WINDOW, SUBBLOCKS, Joint, Variant
 
+KV_BYTES = "kv_bytes"  # of a sequence
 BUDGETS = np.arange(0.95, 0.45, -0.05)  # of the parent's cost: where a search may be asked for
 
 
-def promising(library: pd.DataFrame, scores: pd.DataFrame, metric: str, num: Mapping[str, int]) -> dict[int, list[Joint]]:
+def promising(
+    library: pd.DataFrame, scores: pd.DataFrame, metric: str, num: Mapping[str, int], context_len: int
+) -> dict[int, list[Joint]]:
     """The joint variants of each layer: every pair of its `num` best variants of each subblock.
 
-    A variant's cost is its share of the parent's parameters and of its KV cache, the mean of the two. For each budget of BUDGETS
-    every layer and subblock takes what is least in score + price · cost, at the price that meets the budget; best are those that
-    no other of their layer matches in score, parameters and cache, then those that are taken at most budgets, then those of least score.
+    A variant's cost is its share of the parent's parameters and of its KV cache at `context_len` tokens, the mean of the two. For
+    each budget of BUDGETS every layer and subblock takes what is least in score + price · cost, at the price that meets the budget;
+    best are those that no other of their layer matches in score, parameters and cache, then those that are taken at most
+    budgets, then those of least score.
     ValueError if the tables do not have the same variants, or not the metric.
     """
     table = _joined(library, scores, metric)
+    window = table[KV_WINDOW].where(table[KV_WINDOW] > 0, context_len).clip(upper=context_len)
+    table[KV_BYTES] = table["kv_bytes_per_token"] * window
     table["taken"] = _times_taken(table)
     table["dominated"] = _dominated(table)
     ranked = table.sort_values(["dominated", "taken", "value"], ascending=[True, False, True], kind="stable")
@@ -56,7 +62,7 @@ def _joined(library: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.Data
 def _times_taken(table: pd.DataFrame) -> np.ndarray:
     """At how many budgets each row is what its layer and subblock take."""
     parent = table["variant"] == "parent"
-    shares = [table[c] / max(table.loc[parent, c].sum(), 1) for c in ("num_params", "kv_bytes_per_token")]
+    shares = [table[c] / max(table.loc[parent, c].sum(), 1) for c in ("num_params", KV_BYTES)]
     cost, score = np.mean(shares, axis=0), table["value"].to_numpy()
     cells = list(table.groupby(["layer", "subblock"]).indices.values())
     whole, taken = cost[parent].sum(), np.zeros(len(table), int)
@@ -78,7 +84,7 @@ def _dominated(table: pd.DataFrame) -> np.ndarray:
     """Whether another row of the layer and subblock is as good in score, parameters and KV cache, and better in one."""
     dominated = np.zeros(len(table), bool)
     for rows in table.groupby(["layer", "subblock"]).indices.values():
-        values = table.iloc[rows][["value", "num_params", "kv_bytes_per_token"]].to_numpy(float)
+        values = table.iloc[rows][["value", "num_params", KV_BYTES]].to_numpy(float)
         as_good = (values[None] <= values[:, None]).all(-1) & (values[None] < values[:, None]).any(-1)
         dominated[rows] = as_good.any(1)
     return dominated

@@ -193,14 +193,15 @@ class Problem:
             keys = [(layer, subblock, str(variant)) for layer, subblock, variant in options]
             own = pivot.reindex(pd.MultiIndex.from_tuples(keys, names=pivot.index.names))
             general = pivot.reindex(pd.MultiIndex.from_tuples((ALL_LAYERS, *key[1:]) for key in keys))
-            return own.fillna(general.set_axis(own.index)).fillna({KV_WINDOW: 0.0})
+            return _windowed(_windowed(own).fillna(general.set_axis(own.index)))
 
         base = rows_of([*self.options, (ALL_LAYERS, OUTSIDE, PARENT)])
         if blocks := [option for option in self.options if option[1] == BLOCK]:
             first, second = (rows_of([(n, s, v) for n, _, joint in blocks for s, v in (joint.halves[half],)]) for half in (0, 1))
-            both = first.to_numpy() + second.to_numpy()
+            both = first.fillna({KV_WINDOW: 0.0}).to_numpy() + second.fillna({KV_WINDOW: 0.0}).to_numpy()  # the FFN's window is 0
             at = [row for row, option in enumerate(self.options) if option[1] == BLOCK]
             base.iloc[at] = np.where(base.iloc[at].isna(), both, base.iloc[at])
+        base = base.fillna({KV_WINDOW: 0.0})
         rows = base[base.isna().any(axis=1)].iterrows()
         if lacking := {f"{' '.join(key[1:])} ({', '.join(row.index[row.isna()])})": None for key, row in rows}:
             raise UserError(
@@ -209,6 +210,13 @@ class Problem:
             )
         self._shares["base", scenario] = base
         return base
+
+
+def _windowed(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with a window of 0, which keeps every token, where a row has the bytes of a token and no window."""
+    if "kv_bytes_per_token" not in rows:
+        return rows
+    return rows.assign(**{KV_WINDOW: rows[KV_WINDOW].mask(rows[KV_WINDOW].isna() & rows["kv_bytes_per_token"].notna(), 0.0)})
 
 
 def _weighted(scores: pd.DataFrame, metric: str | Mapping[str, float]) -> pd.DataFrame:

@@ -29,6 +29,8 @@ RESERVED = (
     *("limit", "gap", "method", "seconds", "architecture", "source", "hardware"),
 )
 
+MEASURED = ("kl", "kl_stderr", "perplexity", "top1_agreement")  # of a child: of costs no metric may have these names
+
 _FEW_LAYERS = pa.Check.lt(MOST_LAYERS, error=f"{MOST_LAYERS} or more: the layers before it have no rows")
 _LAYER = pa.Column(int, [pa.Check.ge(0), _FEW_LAYERS])
 _SUBBLOCK = pa.Column(str, pa.Check.isin((*SUBBLOCKS, BLOCK)))
@@ -53,13 +55,15 @@ SCHEMAS = {
             "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
             "outcome": pa.Column(str, pa.Check.isin(("untrained", "trained", "settled", "rolled back"))),  # what became of training
             "num_params": pa.Column(int, pa.Check.ge(0), description="of the subblock, its norms included"),
-            "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="KV cache of one sequence, one token"),
+            "kv_bytes_per_token": pa.Column(int, pa.Check.ge(0), description="keys and values of one token of one sequence"),
+            KV_WINDOW: pa.Column(int, pa.Check.ge(0), default=0, description="tokens that the KV cache keeps at most; 0: all"),
             "path": pa.Column(str, description="weights, relative to blocks/; empty where there are none"),
             "fingerprint": _FINGERPRINT,
         },
         checks=_OF_ITS_SUBBLOCK,
         unique=["layer", "subblock", "variant"],
         strict=True,
+        add_missing_columns=True,
         name="library",
     ),
     "scores": pa.DataFrameSchema(
@@ -95,7 +99,7 @@ SCHEMAS = {
             "scenario": pa.Column(str, _parses(Scenario.parse)),
             "metric": pa.Column(
                 str,
-                [pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), pa.Check.notin(RESERVED)],
+                [pa.Check.str_matches(r"^[a-z][a-z0-9_]*$"), pa.Check.notin((*RESERVED, *MEASURED))],
                 description="those of problem.TOTALS, or one's own",
             ),
             "value": pa.Column(float, [pa.Check.ge(0), _FINITE]),

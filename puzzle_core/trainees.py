@@ -14,7 +14,7 @@ from puzzle_core.learners import normalised_mse
 from puzzle_core.parents import Parent
 from puzzle_core.spec import ATTENTION, BLOCK, FFN, NO_OP, PARENT, Joint, Variant, did_you_mean
 from puzzle_core.subblocks import build_subblock, load_weights, num_params
-from puzzle_core.trace import Call, kv_cache
+from puzzle_core.trace import Call, KvCache, kv_cache
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
     attention = module if job.subblock == ATTENTION else None
     if job.subblock == BLOCK:
         attention = module[ATTENTION] if ATTENTION in module else parent.module(job.layer, ATTENTION)
+    held = KvCache(0, 0) if attention is None else kv_cache(attention, job.layer, call)
     row = {
         "layer": job.layer,
         "subblock": job.subblock,
@@ -176,7 +177,8 @@ def save(trainee: Trainee, parent: Parent, call: Call, blocks: Path) -> dict:
         "num_tokens": trainee.num_tokens,
         "outcome": trainee.outcome,
         "num_params": num_params(parent, job.layer, job.subblock, module),
-        "kv_bytes_per_token": 0 if attention is None else kv_cache(attention, job.layer, call).bytes_per_token,
+        "kv_bytes_per_token": held.bytes_per_token,
+        "kv_window": held.window,
         "path": job.file_name,
         "fingerprint": job.fingerprint,
     }

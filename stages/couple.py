@@ -15,7 +15,7 @@ HEAD = "# Written by `python -m stages.couple`: what the layers could become bef
 def run(cfg):
     data, path = Path(cfg.data), ROOT / "conf" / "search_space" / f"{cfg.couple.preset}.yaml"
     library, scores = tables.read("library", data / "library.parquet"), tables.read("scores", data / "scores.parquet")
-    blocks = coupling.promising(library, scores, cfg.couple.metric, {s: cfg.couple[s] for s in SUBBLOCKS})
+    blocks = coupling.promising(library, scores, cfg.couple.metric, {s: cfg.couple[s] for s in SUBBLOCKS}, cfg.couple.context_len)
     with atomic(path) as part:
         space = coupling.with_blocks(plain(cfg.search_space), blocks)
         part.write_text(HEAD + yaml.safe_dump(space, sort_keys=False, default_flow_style=None, width=140))

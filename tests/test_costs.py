@@ -15,7 +15,7 @@ from benchmarks import costs as benchmark
 from puzzle_core import constraints, costs, llama_cpp, plots, search, serving, tables, turns
 from puzzle_core.children import make_child
 from puzzle_core.problem import Problem
-from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Scenario, Solution, Variant, Workload
+from puzzle_core.spec import ATTENTION, FFN, NO_OP, OUTSIDE, PARENT, SUBBLOCKS, Architecture, Joint, Scenario, Solution, Variant, Workload
 from puzzle_core.subblocks import resolve_space
 
 SCENARIO = Scenario(2, 16, 6)
@@ -383,3 +383,23 @@ def test_layers_that_differ_are_timed_apart(monkeypatch):
         assert value[layer, "ffn", "parent", "prefill_ms"] == pytest.approx(3.0)
     assert value[-1, "outside", "parent", "prefill_ms"] == pytest.approx(7.0) and made == 2 * 5 + 1
     assert profile(parent, resolve_space({ATTENTION: ["kv1"], FFN: []}, parent.model.config, parent.family), SCENARIO, known=table)[1] == 0
+
+
+def test_a_joint_block_keeps_the_window_of_its_attention():
+    parent = pico_parent("gemma3_text")  # sliding, full, sliding, with windows of 12
+    space = resolve_space({ATTENTION: ["window5"], FFN: ["no_op"]}, parent.model.config, parent.family)
+    table, _ = profile(parent, space, Scenario(1, 4, 2), backend=costs.backend({"backend": "roofline", **SIZES_ONLY}))
+    rows = [("parent+parent", 0.0), ("window5+no_op", 0.1)]
+    common = {"subblock": "block", "metric": "kl", "num_tokens": 1, "fingerprint": ""}
+    blocks = [{**common, "layer": layer, "variant": v, "value": score} for layer in range(3) for v, score in rows]
+    scores = pd.concat([parent_scores(parent, space).query("layer == 1"), pd.DataFrame(blocks)], ignore_index=True)
+    problem, at = Problem.from_tables(tables.check("scores", scores), table, "kl", "b1p4g2"), Scenario(1, 4000, 97)
+    share_O, _ = problem.shares("kv_mib", at)
+    held = {option: share * 2**20 / (2 * 2 * 24 * 4) for option, share in zip(problem.options, share_O, strict=True)}
+    parents, windows = (Joint(a, f) for a, f in ((PARENT, PARENT), (Variant("window", 5), NO_OP)))
+    assert [held[layer, "block", parents] for layer in range(3)] == [12, 4096, 12]
+    assert [held[layer, "block", windows] for layer in range(3)] == [5, 5, 5]
+    own = table.query("variant == 'window5' and layer == 0").assign(subblock="block", variant="window5+no_op")
+    whole = pd.concat([table, own[own.metric != "kv_window"]], ignore_index=True)  # a row of the block's own, without a window
+    share_O, _ = Problem.from_tables(scores, tables.check("costs", whole), "kl", "b1p4g2").shares("kv_mib", at)
+    assert share_O[problem.options.index((0, "block", windows))] * 2**20 == 4096 * 2 * 2 * 24 * 4

@@ -479,7 +479,7 @@ def test_promising_variants_are_paired_and_become_a_search_space(pico, library):
     table, _, _ = library
     value = {"parent": 0.0, "kv1": 0.1, "w80": 0.1, "linear": 1.0, "no_op": 0.9}  # linear: worse than no_op, and dearer
     scores = table[["layer", "subblock", "variant"]].assign(metric="kl", value=table.variant.map(value))
-    blocks = coupling.promising(table, scores, "kl", {"attention": 3, "ffn": 2})
+    blocks = coupling.promising(table, scores, "kl", {"attention": 3, "ffn": 2}, 1024)
     assert sorted(blocks) == [0, 1, 2, 3] and all(len(some) == 6 for some in blocks.values())
     assert {str(j.attention) for j in blocks[0]} == {"parent", "kv1", "no_op"} and "linear" not in {str(j.ffn) for j in blocks[0]}
     space = coupling.with_blocks({**SPACE, "layers": {0: {"ffn": ["w80", "no_op"], "block": ["kv1+w80"]}}}, blocks)
@@ -487,7 +487,7 @@ def test_promising_variants_are_paired_and_become_a_search_space(pico, library):
     assert all(set(layer["block"]) == {*some, Joint(PARENT, PARENT)} for layer, some in zip(layers, blocks.values(), strict=True))
     assert list(map(str, layers[0]["ffn"])) == ["parent", "w80", "no_op"]
     with pytest.raises(ValueError, match="library and scores differ in 1 variants, e.g. layer 0 attention parent"):
-        coupling.promising(table, scores[1:], "kl", {"attention": 3, "ffn": 2})
+        coupling.promising(table, scores[1:], "kl", {"attention": 3, "ffn": 2}, 1024)
 
 
 def test_a_layer_may_have_a_list_of_its_own(pico, corpus, tmp_path):
@@ -506,3 +506,16 @@ def test_shares_become_sizes_of_the_parent(pico):
     space = resolve_space({"attention": ["kv50%", "kv25%"], "ffn": ["w87%", "w50%", "w10%"]}, pico.model.config, pico.family)
     assert list(map(str, space["attention"])) == ["parent", "kv1"]
     assert list(map(str, space["ffn"])) == ["parent", "w128", "w64", "w32"]
+
+
+def test_a_window_is_worth_what_its_cache_saves_at_the_context():
+    rows = [("parent", 0.0, 0), ("window64", 0.1, 64), ("window512", 0.05, 512), ("kv1", 0.2, 0)]
+    common = {"layer": 0, "subblock": "attention", "num_params": 100}
+    library = [{**common, "variant": v, "kv_bytes_per_token": 8 if v == "kv1" else 16, "kv_window": w} for v, _, w in rows]
+    library += [{**common, "subblock": "ffn", "variant": "parent", "kv_bytes_per_token": 0, "kv_window": 0}]
+    scores = [{"layer": 0, "subblock": "attention", "variant": v, "metric": "kl", "value": score} for v, score, _ in rows]
+    scores += [{**scores[0], "subblock": "ffn"}]
+    for context, expected in ((1024, {"window64", "window512"}), (32, {"parent", "kv1"})):
+        blocks = coupling.promising(pd.DataFrame(library), pd.DataFrame(scores), "kl", {"attention": 2, "ffn": 1}, context)
+        assert expected & {str(block.attention) for block in blocks[0]} and len(blocks[0]) == 2
+        assert ("window64" in {str(block.attention) for block in blocks[0]}) == (context == 1024)

@@ -20,6 +20,7 @@ from benchmarks import coupled
 from benchmarks import rivals as benchmark
 from puzzle_core import checks, mip, rivals, schemas, search, tables
 from puzzle_core.constraints import CONSTRAINTS, constraints_from
+from puzzle_core.errors import UserError
 from puzzle_core.problem import SCORE, TOTALS, Problem
 from puzzle_core.search import InfeasibleError, frontier, solve
 from puzzle_core.spec import NO_OP, PARENT, Architecture, Joint, Scenario, Variant
@@ -833,7 +834,7 @@ def test_the_checker_names_what_is_wrong_with_costs(query, changed, words):
 @pytest.mark.parametrize(
     ("table", "metric"),
     [
-        *(("costs", name) for name in ("score", "speedup", "memory_mib", "throughput_tokens_per_s", "memory_fraction", "gap")),
+        *(("costs", name) for name in ("score", "speedup", "memory_mib", "throughput_tokens_per_s", "memory_fraction", "gap", "perplexity")),
         *(("scores", name) for name in ("score", "speedup", "latency_ms", "num_params", "limit")),
         ("both", "kl"),
     ],
@@ -993,3 +994,9 @@ def test_what_joint_blocks_are_worth_is_told_by_tables_alone_and_by_children_whe
     (row,) = coupled.by_speedup({"all": problem}, [1.5], {}, search.Settings(), joint_kl=lambda some: [0.5] * len(some))
     found = {"median": {}, "better": 1.0, "gain": 0.5, "blocks": 60, "about": "", "searched": [row]}
     assert "| 1.5 × | all | 0.464 | 0.500 | 17 |" in coupled.text_of(found)
+
+
+def test_a_limit_that_no_number_can_hold_is_refused():
+    problem = make_problem(num_layers=2)
+    with pytest.raises(UserError, match=r"constraint speedup is 1e-320, which no number of latency_ms can hold"):
+        constraints_from({"speedup": 1e-320}, problem)
