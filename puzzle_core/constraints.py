@@ -110,6 +110,8 @@ def _constraint(name: str, key: str, limit: object, scenario: Scenario, problem:
     if not number or (value == 0 and (sense, key) != ("at most", "at_most")):
         raise UserError(f"constraint {name} is {limit!r}; expected a positive number, a percentage of the parent's, or null for no limit")
     problem.shares(total, scenario)  # an unknown scenario is refused here
+    if total == "decode_ms" and not scenario.num_decode_steps:
+        raise UserError(f"constraint {name}: a request of {scenario} has no decode step: prefill gives its one token. Limit prefill_ms.")
     unit = unit_of(name, problem, scenario)
     bound = unit * value if sense == "at most" else unit / value
     if relative:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError
 from puzzle_core.files import read_json, write_json
 from puzzle_core.quality import sequence_sums
 from puzzle_core.serving import pick_serving, place, side_by_side, warn_if_elsewhere
@@ -17,6 +18,9 @@ from puzzle_core.spec import Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained
 
 RECORD = "evaluation.json"  # in a child's folder: it and its parent as they were measured, one after the other
+
+
+MOST_NATS = 700  # whose exponential a float holds
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Settings:
 def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what: str = "held-out text") -> dict[str, dict[str, float]]:
     """Per token of [B, T] token batches: KL(parent ‖ child) in nats, perplexity, share of equal top-1 predictions.
 
-    `kl_stderr` is the standard error of the mean over sequences, 0 of a single one.
+    `kl_stderr` is the standard error of the mean over sequences, 0 of a single one. NotFiniteError where a model's logits overflow.
     """
     ids = [torch.as_tensor(batch, device=parent.device) for batch in batches]
     progress = tqdm(ids, desc=f"compare on {what}", unit="batch")
@@ -52,7 +56,13 @@ def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what
     num_sequences, seq_len = len(sums_N4), ids[0].shape[1]
     kl_N = sums_N4[:, 0] / seq_len
     kl, other, *losses = (sums_N4.sum(0) / num_sequences).tolist()
-    perplexity = [math.exp(loss / (seq_len - 1)) for loss in losses]
+    losses = [loss / (seq_len - 1) for loss in losses]
+    if not all(map(math.isfinite, (kl, *losses))) or max(losses) > MOST_NATS:
+        raise NotFiniteError(
+            f"{what}: the child's KL is {kl / seq_len:g}, its cross-entropy {losses[1]:g} nats a token; lower lr in conf/gkd/, or use "
+            "dtype float32 in conf/parent/"
+        )
+    perplexity = [math.exp(loss) for loss in losses]
     error = kl_N.std().item() / math.sqrt(num_sequences) if num_sequences > 1 else 0.0
     return {
         "parent": {"kl": 0.0, "kl_stderr": 0.0, "perplexity": perplexity[0], "top1_agreement": 1.0},

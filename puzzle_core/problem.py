@@ -226,8 +226,10 @@ def _weighted(scores: pd.DataFrame, metric: str | Mapping[str, float]) -> pd.Dat
     for name, weight in weights.items():
         if name not in there:
             raise UserError(f"no metric '{name}' in the scores table, which has: {', '.join(there)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise UserError(f"search.metric weighs {name} by {weight!r}; expected a number")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise UserError(f"search.metric weighs {name} by {weight!r}; expected a number, at least 0: scores are quality lost")
+    if not any(weights.values()):
+        raise UserError(f"search.metric weighs {', '.join(weights)} by 0: nothing would be made least")
     key = ["layer", "subblock", "variant"]
     table = scores[scores["metric"].isin(list(weights))].pivot(index=key, columns="metric", values="value")
     if (gone := table[table.isna().any(axis=1)]).size:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
+from puzzle_core.errors import NotFiniteError
 from puzzle_core.files import write_json
 from puzzle_core.spec import Constraint, Scenario, Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained, standard_error
@@ -375,3 +376,12 @@ def test_a_child_on_the_frontier_of_a_time_stands_at_the_pace_of_the_costs(monke
     report._frontier_picture(replace(run, timed={}), "latency_ms", None)
     assert drawn[0] == {"predicted": (80.0, 0.4), "realised, before distillation": (pytest.approx(84.0), 0.5)}
     assert drawn[1] == {"predicted": (80.0, 0.4)}
+
+
+def test_a_child_that_overflows_is_refused_by_what_to_change(pico):
+    batches = [torch.randint(1, 257, (2, 16))]
+    for factor in (1e4, float("nan")):
+        child = copy.deepcopy(pico.model)
+        child.get_output_embeddings().weight.data.mul_(factor)
+        with pytest.raises(NotFiniteError, match="lower lr in conf/gkd/"):
+            evaluation.compare(pico.model, child, batches)

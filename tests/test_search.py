@@ -834,7 +834,8 @@ def test_the_checker_names_what_is_wrong_with_costs(query, changed, words):
 @pytest.mark.parametrize(
     ("table", "metric"),
     [
-        *(("costs", name) for name in ("score", "speedup", "memory_mib", "throughput_tokens_per_s", "memory_fraction", "gap", "perplexity")),
+        *(("costs", name) for name in ("score", "speedup", "memory_mib", "throughput_tokens_per_s", "memory_fraction", "gap")),
+        ("costs", "perplexity"),
         *(("scores", name) for name in ("score", "speedup", "latency_ms", "num_params", "limit")),
         ("both", "kl"),
     ],
@@ -1000,3 +1001,22 @@ def test_a_limit_that_no_number_can_hold_is_refused():
     problem = make_problem(num_layers=2)
     with pytest.raises(UserError, match=r"constraint speedup is 1e-320, which no number of latency_ms can hold"):
         constraints_from({"speedup": 1e-320}, problem)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [({"kl": -1}, "weighs kl by -1; expected a number, at least 0"), ({"kl": 0, "lm_loss": 0}, "nothing would be made least")],
+)
+def test_scores_are_made_least_and_never_most(metric, words):
+    scores, costs = make_tables()
+    scores = pd.concat([scores, scores.assign(metric="lm_loss")], ignore_index=True)
+    with pytest.raises(UserError, match=words):
+        Problem.from_tables(scores, costs, metric, SCENARIO)
+
+
+def test_a_request_of_one_token_has_no_decode_step_to_limit():
+    problem = make_problem(num_layers=2)
+    one = Scenario(2, 64, 1)
+    problem = replace(problem, scenario=one, costs=problem.costs.assign(scenario=str(one)))
+    with pytest.raises(UserError, match="constraint decode_ms: a request of b2p64g1 has no decode step"):
+        constraints_from({"decode_ms": "50%"}, problem)
