@@ -279,33 +279,32 @@ def request(session: Eager | Static) -> Request:
 
 
 def side_by_side(models: dict[str, PreTrainedModel], scenario: Scenario, serving: str, repeats: int, warmup: int) -> dict[str, dict]:
-    """Realised totals of whole models, timed in turn: the same names and units as search predicts them under.
+    """Realised totals of a model, or of two timed in turn: the same names and units as search predicts them under.
 
-    `speedup` is over the first of them: the median of the turns' ratios, so that drift of the machine cancels.
+    Times are those of the turn whose ratio is the median, so that drift of the machine cancels and `speedup`, over the first model, is
+    the ratio of the two latencies that stand beside each other.
     """
+    assert len(models) <= 2, "one turn can be the median of one ratio only"
     sessions = {name: served(partial(nullcontext, model), scenario, pick_serving(serving, model.device)) for name, model in models.items()}
-    requests: dict[str, list[Request]] = {name: [] for name in models}
+    turns: list[dict[str, Request]] = []
     for turn in range(warmup + repeats):
-        for name in list(models) if turn % 2 else list(models)[::-1]:  # there and back, so that drift hits all alike
-            result = request(sessions[name])
-            requests[name] += [result] * (turn >= warmup)
-    first = next(iter(requests.values()))
-    return {name: {"speedup": _ratio(first, done), **_totals(models[name], scenario, done)} for name, done in requests.items()}
+        order = list(models) if turn % 2 else list(models)[::-1]  # there and back, so that drift hits both alike
+        turns += [{name: request(sessions[name]) for name in order}][: turn >= warmup]
+    first, last = list(models)[0], list(models)[-1]
+    ranked = sorted(turns, key=lambda turn: (turn[first].latency_ms / turn[last].latency_ms, turn[first].latency_ms))
+    middle = ranked[(len(ranked) - 1) // 2]
+    speedups = {name: middle[first].latency_ms / middle[name].latency_ms for name in models}
+    return {name: {"speedup": speedups[name], **_totals(models[name], scenario, middle[name])} for name in models}
 
 
-def _ratio(first: list[Request], other: list[Request]) -> float:
-    return statistics.median(a.latency_ms / b.latency_ms for a, b in zip(first, other, strict=True))
-
-
-def _totals(model: PreTrainedModel, scenario: Scenario, done: list[Request]) -> dict[str, float]:
-    params, kv_bytes = list(model.parameters()), done[-1].kv_bytes
-    latency_ms = statistics.median(r.latency_ms for r in done)
+def _totals(model: PreTrainedModel, scenario: Scenario, done: Request) -> dict[str, float]:
+    params = list(model.parameters())
     return {
-        "latency_ms": latency_ms,
-        "prefill_ms": statistics.median(r.prefill_ms for r in done),
-        "decode_ms": statistics.median(r.decode_ms for r in done),
-        "throughput_tokens_per_s": scenario.batch_size * scenario.generation_len / latency_ms * 1000,
-        "memory_mib": (sum(p.nbytes for p in params) + kv_bytes) / 2**20,
+        "latency_ms": done.latency_ms,
+        "prefill_ms": done.prefill_ms,
+        "decode_ms": done.decode_ms,
+        "throughput_tokens_per_s": scenario.batch_size * scenario.generation_len / done.latency_ms * 1000,
+        "memory_mib": (sum(p.nbytes for p in params) + done.kv_bytes) / 2**20,
         "num_params": sum(p.numel() for p in params),
-        "kv_mib": kv_bytes / 2**20,
+        "kv_mib": done.kv_bytes / 2**20,
     }

@@ -403,3 +403,11 @@ def test_a_joint_block_keeps_the_window_of_its_attention():
     whole = pd.concat([table, own[own.metric != "kv_window"]], ignore_index=True)  # a row of the block's own, without a window
     share_O, _ = Problem.from_tables(scores, tables.check("costs", whole), "kl", "b1p4g2").shares("kv_mib", at)
     assert share_O[problem.options.index((0, "block", windows))] * 2**20 == 4096 * 2 * 2 * 24 * 4
+
+
+def test_latencies_that_stand_side_by_side_have_the_ratio_of_the_speed_up(pico, monkeypatch):
+    drift = iter([3.0, 1.0, 4.0, 1.0, 2.0, 6.0])  # of a machine that others share: child, parent; parent, child; child, parent
+    monkeypatch.setattr(serving, "request", lambda session: serving.Request(10.0 * next(drift), [1.0], 8))
+    found = serving.side_by_side({"parent": pico.model, "child": pico.model}, SCENARIO, "eager", repeats=3, warmup=0)
+    pair = [found[name]["latency_ms"] for name in ("parent", "child")]
+    assert pair == [61.0, 21.0] and found["child"]["speedup"] == 61 / 21 and found["parent"]["speedup"] == 1.0
