@@ -4,13 +4,14 @@ import copy
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import EXCERPT, ROOT
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from puzzle_core import bld, evaluation, gkd, questions, realised, scoring
 from puzzle_core.config import composed, fill
-from puzzle_core.corpus import Corpus, start_ids
+from puzzle_core.corpus import Corpus, Document, start_ids
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,18 @@ def test_another_split_is_another_corpus(pico, corpus):
 def test_shares_that_leave_no_three_splits_are_refused(pico, changes, message):
     with pytest.raises(ValueError, match=message):
         Corpus(pico.tokenizer, {**EXCERPT, **changes})
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf/corpus").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_corpus_has_three_sides_as_large_as_it_says(pico, monkeypatch, file):
+    preset, texts = yaml.safe_load(file.read_text()), [f"text {number}" for number in range(4000)]
+    monkeypatch.setattr("puzzle_core.corpus.documents", lambda **preset: (Document(text, None) for text in texts))
+    sides = {split: {d.text for d in documents} for split, documents in Corpus(pico.tokenizer, preset).splits.items()}
+    assert sum(map(len, sides.values())) == len(texts) and set().union(*sides.values()) == set(texts)
+    for split in ("development", "test"):
+        share = preset[f"{split}_fraction"]
+        deviation = (share * (1 - share) / len(texts)) ** 0.5  # of a share of so many documents, each on a side by its hash
+        assert 0 < share < 0.5 and abs(len(sides[split]) / len(texts) - share) < 4 * deviation
 
 
 def test_a_corpus_too_small_says_how_much_it_has_and_needs(corpus):
