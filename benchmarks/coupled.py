@@ -101,7 +101,7 @@ def main() -> None:
         batches = measured.batches(corpus)
         weights_of = tables.variant_files(library, options.data / "blocks")
         joint_kl = partial(realised.joint_kl, parent, weights_of=weights_of, batches=batches, settings=measured)
-        measured_on = f"joint KL on {sum(batch.size for batch in batches):,} held-out tokens."
+        measured_on = f"joint KL on {sum(batch.size for batch in batches):,} development tokens."
 
     def problem(of: pd.DataFrame) -> Problem:
         return Problem.from_tables(of, costs, settings.metric, str(fill(Workload, cfg.workload).scenario))

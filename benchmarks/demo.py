@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo     # after `make run`; prints the table, writes docs/results/demo.json and the README
 
-Quality is over held-out text. Latencies are medians of requests to parent and child in turn, in one process: the machine was not as
-fast when the costs were measured, or the other child, so each stands beside the parent's of the same process only.
+Quality is over the corpus's test split. Latencies are medians of requests to parent and child in turn, in one process. The machine was
+not as fast when the costs or the other child were measured, so each latency stands beside the parent's of the same process only.
 """
 import json
 import platform
@@ -77,7 +77,7 @@ def main() -> None:
     caption = (
         f"Parent {presets['parent']}, asked for {limits}, workload {result['scenario']} (batch, prompt, generated tokens), "
         f"on {result['machine']}; torch {versions['torch']}. Each pair of "
-        f"times is of one process. Written by `python -m benchmarks.demo` after `make run`."
+        f"times is of one process. {cards.SPEEDUP} Written by `python -m benchmarks.demo` after `make run`."
     )
     text = f"{table(metrics, timed)}\n\n{caption}"
     print(text)

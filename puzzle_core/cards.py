@@ -22,6 +22,8 @@ COLUMNS = {
     "top1_agreement": ("same next token", "{:.0%}"),
 }
 
+SPEEDUP = "A speed-up is the median of the turns' ratios."  # not the ratio of the two medians beside it
+
 ASSEMBLED = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
 DISTILLED = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."
 
@@ -88,10 +90,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 
 {table}
 
+{speedup_is}
+
 {accuracies}
 Asked for: {constraints}. Workload {scenario} (batch, prompt, generated tokens) in {dtype} on {hardware}; the search
-went by {priced}; quality on held-out
-text of {corpus}; torch {torch}, transformers {transformers}.
+went by {priced}; quality on the
+test split of {corpus}; torch {torch}, transformers {transformers}.
 
 ## Architecture
 
@@ -138,6 +142,7 @@ def write(folder: Path, parent: Parent, solution: Solution, measured: dict[str, 
         needs="It needs torch and transformers"
         + ("." if is_parent else "; `modeling_puzzle.py`, which lies beside the weights, builds the layers that differ."),
         table=table(rows, {"this child": measured["parent"]}),
+        speedup_is=SPEEDUP,
         accuracies=accuracies(rows),
         constraints=", ".join(map(str, solution.constraints)) or "nothing",
         scenario=solution.scenario,

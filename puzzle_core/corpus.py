@@ -1,7 +1,7 @@
 """Text to deterministic packed token sequences, split by document three ways.
 
-Variants and children learn from `train`. Whatever chooses looks at `development`: scores, BLD's validation losses, GKD's held-out text,
-a pool's joint KL. What is reported of a child is measured on `test`, which nothing was chosen by.
+Variants and children learn from `train`. Whatever chooses looks at `development`: scores, BLD's losses, GKD's choice of
+a state, a pool's joint KL. What is reported of a child is measured on `test`, which nothing was chosen by.
 """
 import hashlib
 import random

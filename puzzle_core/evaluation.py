@@ -1,4 +1,4 @@
-"""What a child is, measured: quality against the parent on held-out text, speed and memory beside the parent in one run."""
+"""What a child is, measured: quality against the parent on test text, speed and memory beside the parent in one run."""
 import math
 import random
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ MOST_NATS = 700  # whose exponential a float holds
 class Settings:
     """How a child is measured: `evaluation` in params.yaml."""
 
-    text: dict[str, int]  # num_tokens, seq_len, batch_size of held-out text
+    text: dict[str, int]  # num_tokens, seq_len, batch_size of test text
     domain_tokens: int  # of each domain that the corpus knows, beside it; 0: none
     repeats: int  # timed requests of each model
     tasks: dict[str, dict | None] | None  # name: what a Task is made of; None: no questions are asked
@@ -45,7 +45,7 @@ class Settings:
         return Exam([Task.of(*entry) for entry in self.tasks.items()], self.task_batch_size) if self.tasks else None
 
 
-def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what: str = "held-out text") -> dict[str, dict[str, float]]:
+def compare(parent: PreTrainedModel, child: PreTrainedModel, batches: list, what: str = "test text") -> dict[str, dict[str, float]]:
     """Per token of [B, T] token batches: KL(parent ‖ child) in nats, perplexity, share of equal top-1 predictions.
 
     `kl_stderr` is the standard error of the mean over sequences, 0 of a single one. NotFiniteError where a model's logits overflow.

@@ -123,13 +123,16 @@ class Resumed(TrainerCallback):
 
 
 class Distiller(Trainer):
-    """transformers' Trainer of a child whose forward gives losses, measured on held-out text at intervals.
+    """transformers' Trainer of a child whose forward gives losses, measured on development text at intervals.
 
     Of the states that are measured the one with the lowest KL is kept: before the first step, on the way, after the last.
     """
 
     def __init__(self, settings: Settings, held_out: list[Tensor], given: list[Tensor] | None = None, **kwargs):
-        """`held_out`: [B, T] token batches, those of this process. `given`: weights, as of `_weights`, that are a state too."""
+        """`held_out`: [B, T] token batches of development text, those of this process.
+
+        `given`: weights, as of `_weights`, that are a state too.
+        """
         super().__init__(**kwargs)
         self.add_callback(Resumed(self))
         self.settings, self.held_out, self.given = settings, held_out, given
@@ -178,7 +181,7 @@ class Distiller(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """KL to the parent in nats a token and perplexity on held-out text; a state better than all before is kept.
+        """KL to the parent in nats a token and perplexity on development text; a state better than all before is kept.
 
         Before the first step also the KL of the weights `given`.
         """
@@ -186,7 +189,7 @@ class Distiller(Trainer):
         kl, lm = self._means()
         if not math.isfinite(kl):
             why = "lower `lr` in conf/gkd/" if step else "the child, as it was given, overflows"
-            raise NotFiniteError(f"gkd: held-out KL is {kl} after step {step}: {why}")
+            raise NotFiniteError(f"gkd: the KL on development text is {kl} after step {step}: {why}")
         metrics = {"eval_kl": kl, "eval_perplexity": math.exp(lm) if lm < 700 else None}  # what a float can hold
         if not step:
             metrics["given_kl"] = kl if self.given is None else self._kl_of_given()
@@ -202,7 +205,7 @@ class Distiller(Trainer):
         return metrics
 
     def _means(self) -> tuple[float, float]:
-        """KL and cross-entropy on the held-out text of all processes, nats a token."""
+        """KL and cross-entropy on the development text of all processes, nats a token."""
         means = [self.model_wrapped(input_ids=ids.to(self.args.device), held_out=True) for ids in self.held_out]
         kl, lm = (torch.stack([mean[name] for mean in means]).double().mean() for name in ("kl", "lm"))
         return self.accelerator.reduce(kl, "mean").item(), self.accelerator.reduce(lm, "mean").item()
@@ -302,7 +305,7 @@ def link(folder: Path, other: Path) -> None:
 
 
 def _whole_batches(corpus: Corpus, settings: Settings, seed: str) -> tuple:
-    """The token sequences [N, T] to train on, and those held out, of one phase."""
+    """The token sequences [N, T] to train on, and those of development text, of one phase."""
     step = settings.seq_len * settings.batch_size
     train_tokens, eval_tokens = (-(-tokens // step) * step for tokens in (settings.train_tokens, settings.eval_tokens))
     held_out = corpus.sequences("development", eval_tokens, settings.seq_len, seed=seed) if eval_tokens else []
@@ -316,7 +319,7 @@ def heal(
 
     Returns the curve: rows of step, loss, its parts, learning_rate; and rows of step, held_out_kl, held_out_perplexity, of which the first
     of each phase has also given_kl, that of the child as it was given.
-    Where text is held out, no phase leaves a child that is farther from the parent on it than the child that it, or this function, was
+    With `eval_tokens`, no phase leaves a child that is farther from the parent on it than the child that it, or this function, was
     given. A sharded child stays sharded and in float32: `whole` brings it together.
     """
     curve: list[dict[str, float]] = []
@@ -372,7 +375,7 @@ def training_rows(curve: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def kept(curve: list[dict[str, float]]) -> str:
-    """In words, which state the healed child is, and its held-out KL beside that of the child before GKD: on the last phase's text."""
+    """In words, which state the healed child is, and its KL beside that of the child before GKD, on the last phase's development text."""
     measured = [row for row in curve if "held_out_kl" in row]
     if not measured:
         return "kept: after the last step; gkd.eval_tokens is 0, so no state was measured"
@@ -387,7 +390,7 @@ def kept(curve: list[dict[str, float]]) -> str:
             break
     kls = [row["held_out_kl"] for row in phases[-1]]
     before = phases[-1][0]["given_kl"]
-    of_kept = f"held-out KL {before:.4g} before GKD, {min(before, *kls):.4g} after"
+    of_kept = f"KL on development text {before:.4g} before GKD, {min(before, *kls):.4g} after"
     if step:
         return f"kept: after step {step}; {of_kept}"
     return (
@@ -457,8 +460,8 @@ def distill(
 ) -> list[dict[str, float]]:
     """One phase: train `child` (float32) in place on [N, T] token sequences; returns the curve, as `heal` does.
 
-    With `held_out` sequences, as many in each process, the state that is nearest to the parent on them is what stays: one of those on
-    the way, the one before the first step, or the weights `given` (as of `_weights`), if there are any.
+    With `held_out` sequences (of development text), as many in each process, the state nearest to the parent on them stays: one on the
+    way, the one before the first step, or the weights `given` (as of `_weights`), if there are any.
     Checkpoints go to `work`; a run that finds one there goes on from it, to the same result as an uninterrupted run.
     """
     limit, seq_len = getattr(parent.config, "max_position_embeddings", None), len(sequences[0])
@@ -509,7 +512,7 @@ def distill(
 
 
 def _curve(history: list[dict]) -> list[dict[str, float]]:
-    """Trainer's log as rows of losses and rows of held-out text."""
+    """Trainer's log as rows of losses and rows of development text."""
     trained = ("step", "loss", "kl", "cosine", "lm", "learning_rate")
     measured = {"step": "step", "eval_kl": "held_out_kl", "eval_perplexity": "held_out_perplexity", "given_kl": "given_kl"}
     losses = [{name: row[name] for name in trained if name in row} for row in history if "loss" in row]

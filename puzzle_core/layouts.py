@@ -1,8 +1,8 @@
 """Is a parent laid out as its family's descriptor says? Asked of its modules before anything runs.
 
 A wrong descriptor need not fail: where both subblocks read one norm, a layer without attention would lose the FFN's norm too.
-So names and sizes are looked up in every layer; what modules return and what a subblock adds to the residual stream is observed
-in one small layer of the parent's class and config, on its own and with a no_op in place.
+So names and sizes are looked up in every layer. Then a small model of one layer, of the parent's class and config, runs with hooks: they
+read what its modules return and what each subblock adds to the residual stream. It runs again with a no_op in place.
 """
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How far a child is from its parent on a batch of tokens: what GKD makes small, and what its held-out text measures.
+"""How far a child is from its parent on a batch of tokens: what GKD makes small, and what it measures on development text.
 
 The LM heads run on a few tokens at a time, and the gradient of what they say is made on the way forward, so neither model's
 logits ever stand in memory whole and no head runs twice. Logits are float32, also those of a 16-bit model and under autocast.
@@ -191,7 +191,7 @@ class Comparison:
             return _body(self.parent, self.family, input_ids, keep)
 
     def _child_forward(self, input_ids: Tensor, held_out: bool = False) -> dict[str, Tensor]:
-        """Means over tokens: `loss` and the parts of it that count. Of `held_out` text `kl` and `lm` at temperature 1."""
+        """Means over tokens: `loss` and the parts of it that count. Of `held_out` (development) text `kl` and `lm` at temperature 1."""
         weights = Weights(1.0, 0.0, 1.0, 1.0) if held_out else self.weights
         of_parent_BTD, parent_hiddens = self.parent(input_ids, keep=weights.cosine > 0)
         with self._autocast(True):

@@ -144,7 +144,7 @@ def _dots(axes: Axes, rows: list[dict]) -> None:
 
 
 def curve_picture(training: list[dict], held_out: list[dict], path: str | Path) -> None:
-    """Draw to a PNG the losses of global distillation step by step, and what was measured on held-out text on the way.
+    """Draw to a PNG the losses of global distillation step by step, and what was measured on development text on the way.
 
     Cosine distances and whatever else is measured have panels of their own: their units are others.
     """

@@ -144,7 +144,7 @@ def _tiles(parent: dict[str, float], final: dict[str, float], timed: dict[str, d
         ("speed-up", f"{final['speedup']:.2f} ×", took),
         ("KL to the parent", f"{final['kl']:.3f}", f"± {final['kl_stderr']:.3f} nats a token"),
         ("perplexity", f"{final['perplexity']:.1f}", f"parent {parent['perplexity']:.1f}"),
-        ("same next token", f"{final['top1_agreement']:.0%}", "of held-out tokens"),
+        ("same next token", f"{final['top1_agreement']:.0%}", "of test tokens"),
         ("parameters", f"{final['num_params'] / parent['num_params']:.0%}", f"{final['num_params'] / 1e6:,.1f} M left"),
     ]
     if "accuracy_retained" in final:

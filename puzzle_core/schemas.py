@@ -50,7 +50,7 @@ SCHEMAS = {
             "subblock": _SUBBLOCK,
             "variant": _VARIANT,
             "init": pa.Column(str, description="how the weights were initialised, e.g. prune+ridge"),
-            "loss_before": _LOSS,  # normalised MSE on held-out tokens after initialisation, before training
+            "loss_before": _LOSS,  # normalised MSE on development tokens after initialisation, before training
             "loss_after": _LOSS,  # the same after training
             "num_tokens": pa.Column(int, pa.Check.ge(0), description="tokens of gradient training"),
             "outcome": pa.Column(str, pa.Check.isin(("untrained", "trained", "settled", "rolled back"))),  # what became of training

@@ -1,4 +1,4 @@
-"""Scores: put one variant into the parent, measure what the model loses on held-out tokens.
+"""Scores: put one variant into the parent, measure what the model loses on development tokens.
 
 Only what a variant changes is computed: the replaced layer once for each variant, then the layers above it for several
 variants at once, stacked along the batch. Layers come one after the other, the parent's hidden states with them.

@@ -103,7 +103,7 @@ class Trainee:
     last: nn.Module | None = None  # the projection back into the residual stream, where one is alone in that
     init: str = ""
     loss_before: float = 0.0
-    loss_last: float = 0.0  # validation loss at the last look whether it has settled
+    loss_last: float = 0.0  # development loss at the last look whether it has settled
     loss_after: float = 0.0
     stopped_at: int | None = None  # the step after which it had settled; None: not yet
     num_tokens: int = 0

@@ -50,12 +50,12 @@ class Window:
     # -------------------------------------------------------------------------------------------- before training
 
     def _initialise(self, here: list[Job], layer: int) -> list[Trainee]:
-        """Initialise and refit the variants of one layer, moving the calibration and validation runs past it."""
+        """Initialise and refit the variants of one layer, moving the calibration and development runs past it."""
         parent, run, settings = self.run.parent, self.run, self.settings
         with surgery.watch_ffn(parent.module(layer, FFN), parent.family.ffn, settings.channels) as seen:
             calibration = list(run.advance(layer, "calibration"))
-        validation = list(run.advance(layer, "val"))
-        self.kv_calls[layer] = validation[0][ATTENTION]
+        development = list(run.advance(layer, "val"))
+        self.kv_calls[layer] = development[0][ATTENTION]
         trainees = [
             composed(parent, job, self.blocks) if job.halves else initialised(parent, job, calibration, seen, settings) for job in here
         ]
@@ -63,7 +63,7 @@ class Window:
             if trainee.last is not None and settings.ridge is not None:
                 refit(trainee, calibration, settings.ridge)
             trainee.module = trainee.module.to(parent.model.dtype)
-            trainee.loss_before = trainee.loss_last = trainee.loss_after = self._loss(trainee, layer, validation)
+            trainee.loss_before = trainee.loss_last = trainee.loss_after = self._loss(trainee, layer, development)
         return trainees
 
     @torch.no_grad()
@@ -176,7 +176,7 @@ class Window:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[Job, float]:
-        """The mean validation loss of every variant in training."""
+        """The mean development loss of every variant in training."""
         losses: dict[Job, list[Tensor]] = {trainee.job: [] for trainee in self._trained()}
         for hidden_BTD in self.first_val:
             for layer, calls in self.run.through(self.layers, hidden_BTD):
@@ -212,7 +212,7 @@ class Window:
             trainee.loss_after, trainee.outcome = loss, outcome
         else:
             trainee.outcome = "rolled back"
-            tqdm.write(f"bld: {trainee.job}: validation loss {trainee.loss_before:.4g} before training, {loss:.4g} after; kept as it was")
+            tqdm.write(f"bld: {trainee.job}: development loss {trainee.loss_before:.4g} before training, {loss:.4g} after; kept as it was")
 
     # -------------------------------------------------------------------------------------------- a killed window
 

@@ -27,7 +27,7 @@ def run(cfg):
     summary = realised.agreement(rows)
     write_json(out / "realised.json", rows)
     write_json(out / "metrics" / "realised.json", summary)
-    title = f"{len(rows)} architectures, {sum(batch.size for batch in batches):,} held-out tokens"
+    title = f"{len(rows)} architectures, {sum(batch.size for batch in batches):,} development tokens"
     plots.realised_picture(rows, problem.metric, out / "plots" / "realised.png", title)
     print(realised.table(rows))
     print(f"realised: {title}: {realised.in_words(summary)}; {out}/realised.json, {out}/plots/realised.png")

@@ -1,4 +1,4 @@
-"""Score every variant of the library: replace one in the parent, measure what is lost on held-out tokens."""
+"""Score every variant of the library: replace one in the parent, measure what is lost on development tokens."""
 from pathlib import Path
 
 from puzzle_core import plots, ranks, scoring, tables

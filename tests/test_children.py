@@ -300,7 +300,7 @@ def test_a_model_card_says_parent_licence_constraints_prediction_and_measurement
     assert results == {"kl": 0.375, "perplexity": 20.5, "top1_agreement": 1.0, "accuracy": 0.6}
     rows = ("| 2.00 × |  |", "| 1.88 × | 20 → 10 |", "| 2 | kv1 | no_op |", "| this child | 0.600 ± 0.010 | 90.0% ± 5.0% |")
     asked = "Asked for: speedup 1.5, memory_mib 75%"
-    for words in (asked, "at revision abc", *rows, "- attention: 1 × no_op, 1 × linear", "Put together."):
+    for words in (asked, "at revision abc", *rows, "- attention: 1 × no_op, 1 × linear", "Put together.", cards.SPEEDUP):
         assert words in card.text, words
     assert ("apache-2.0" if license else "not recorded") in card.text
     assert 'from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text

@@ -227,7 +227,7 @@ def test_a_variant_that_diverges_is_rolled_back_and_harms_no_neighbour(pico, cor
     monkeypatch.setattr(windows.Window, "_clip", poison)
     table = made_in_layer(0, pico, corpus, SETTINGS, space, tmp_path / "blocks")
     assert poisoned and table.outcome["w48"] == "rolled back" and table.loss_after["w48"] == table.loss_before["w48"]
-    assert "variant w48 of ffn in layer 0: validation loss" in capsys.readouterr().out
+    assert "variant w48 of ffn in layer 0: development loss" in capsys.readouterr().out
     parameters = load_file(tmp_path / "blocks" / table.path["w48"]).values()
     assert all(parameter.isfinite().all() for parameter in parameters)
     pd.testing.assert_frame_equal(table.drop("w48"), healthy.drop("w48"))

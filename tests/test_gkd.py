@@ -186,7 +186,7 @@ def test_gkd_that_does_harm_gives_back_the_child_as_it_was_and_says_so(pico, cor
     assert rows[0]["step"] == 0 and min(row["held_out_kl"] for row in rows[1:]) > rows[0]["held_out_kl"]
     assert is_equal(child, before)
     words = gkd.kept(curve)
-    assert words.startswith("kept: before the first step; held-out KL") and "Lower `lr` in conf/gkd/" in words
+    assert words.startswith("kept: before the first step; KL on development text") and "Lower `lr` in conf/gkd/" in words
     assert f"{rows[0]['held_out_kl']:.4g} before GKD, {rows[0]['held_out_kl']:.4g} after" in words
 
 
@@ -203,7 +203,7 @@ def test_a_phase_that_does_harm_is_taken_back_and_the_one_before_stays(pico, cor
     healed = copy.deepcopy(child)
     gkd.heal(pico, healed, corpus, first, 0, tmp_path / "first")
     curve = gkd.heal(pico, child, corpus, replace(first, phases=[WILD]), 0, tmp_path / "both")
-    assert is_equal(child, healed) and gkd.kept(curve).startswith("kept: after step 4; held-out KL")
+    assert is_equal(child, healed) and gkd.kept(curve).startswith("kept: after step 4; KL on development text")
 
 
 def test_phases_that_are_better_on_their_own_text_alone_do_not_count(pico, corpus, child, tmp_path, monkeypatch):
