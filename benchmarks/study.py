@@ -11,7 +11,7 @@
       "+evaluation.tasks.winogrande={path:data/questions/winogrande.jsonl}")
     python -m benchmarks.study all --out study --minutes 25 --rates 4e-4,8e-4,16e-4,32e-4 "${SETTINGS[@]}"
     python -m benchmarks.study all --out study --minutes 25                   # goes on, while anything can be done
-    python -m benchmarks.study page --out study                               # docs/results/study.json, study.md, README's headline
+    python -m benchmarks.study page --out study                               # docs/results/study.json, study.md, README's block
 
 `all` is these, which may be run one by one; each says what is not known yet:
 
@@ -27,6 +27,7 @@ asks questions, another trains. Speeds are therefore measured apart. With `--min
 far as is known, and what still runs then is ended (a search by its own limit); the same command goes on: a row that was ended begins
 anew, a library goes on from its last checkpoint. All that is known is in small files under OUT/results/, the libraries' weights beside
 it. Carried to another machine and put there, `libraries` keeps scores and costs and makes those weights again that are still needed.
+Without OUT/results/, `page` writes study.md and README's block from study.json.
 """
 import argparse
 import contextlib
@@ -206,8 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     if step == "speeds" and per_gpu > 1:
         parser.error("speeds are measured by one process on each GPU: leave --per-gpu out")
     study, turn = Study(folder), Turn(time.time() + 60 * minutes if worker is None else worker, per_gpu)
+    from_json = step == "page" and not study.results.exists()
+    if from_json and not study_page.json_of(study).exists():
+        parser.error(f"a page is made of {study.results}, or of {study_page.json_of(study)}: neither is there")
     try:
-        study.ask({key: value for key, value in given.items() if value != []}, can_be_asked)
+        if not from_json:
+            study.ask({key: value for key, value in given.items() if value != []}, can_be_asked)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if worker is not None:

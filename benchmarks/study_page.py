@@ -23,7 +23,7 @@ from benchmarks.study_children import (
     speed,
     tokens_of,
 )
-from benchmarks.study_rows import LIBRARIES, Asked, Row, Study, groups_of
+from benchmarks.study_rows import LIBRARIES, RETIRED, Asked, Row, Study, groups_of, today
 from puzzle_core import gkd
 from puzzle_core.config import fill, plain
 from puzzle_core.files import read_json
@@ -46,13 +46,20 @@ COLUMNS = ["speed-up predicted", "realised", "KL predicted", "before GKD", "trai
 
 
 def write(study: Study) -> Path:
-    """docs/results/NAME.json and NAME.md by the name of the study's folder, and of `study` the README's headline; the page's path."""
-    found = gathered(study)
-    if study.folder.name == "study":
-        demo.write_into("README.md", "study", headline(found))
+    """docs/results/NAME.json and NAME.md by the name of the study's folder, and README's block of that name, if any; the page's path.
+
+    Of a study whose results are elsewhere, made of NAME.json as it is.
+    """
+    found = gathered(study) if study.results.exists() else read_json(json_of(study))
+    if study.folder.name in HEADLINES:
+        demo.write_into("README.md", study.folder.name, HEADLINES[study.folder.name](found))
     path = demo.save_result(study.folder.name, found).with_suffix(".md")
     path.write_text(page(found))
     return path
+
+
+def json_of(study: Study) -> Path:
+    return demo.ROOT / "docs" / "results" / f"{study.folder.name}.json"
 
 
 def gathered(study: Study) -> dict:
@@ -184,6 +191,7 @@ def additivity(study: Study) -> dict[str, dict]:
 def page(found: dict) -> str:
     asked, rows, parent = found["asked"], found["rows"], found["parent"]
     at, counted = asked["compared_at"], [task for task in found["tasks"] if f"{task}_retained" in (parent or {})]
+    two_splits = any(RETIRED in one["command"] for one in found["commands"])
     lines = [
         "# Study: is it the search that did it?", "",
         "Written by `python -m benchmarks.study page` from what the commands below wrote; the JSON file beside it has all figures, each "
@@ -196,7 +204,8 @@ def page(found: dict) -> str:
         f"and for brief GKD. Learning rate {found['lr']:g}: {found['lr_from']}.",
         "- Training tokens of a row: its GKD's and, where brief GKD chooses among a pool, those of all its children. Where they differ "
         "from the first row's, the ratio stands beside them. BLD's are apart: rows share a library, and dropping whole layers needs none.",
-        "- KL to the parent in nats a token, on held-out text; predicted is the sum of the chosen variants' KL scores.",
+        f"- KL to the parent in nats a token, on {'text held out from training' if two_splits else 'test text'}; "
+        "predicted is the sum of the chosen variants' KL scores.",
         "- Accuracy retained: child over parent, each less chance, over the tasks on which the parent is two standard errors above chance: "
         f"{', '.join(counted) or 'none'}. Asked were {', '.join(found['tasks']) or 'none'}.",
         "- ± is one standard error, over the text's sequences or the questions.",
@@ -221,7 +230,10 @@ def page(found: dict) -> str:
         lines += seeds(mine) if group == "mip" else pools(mine, asked) if group == "pool" else []
     lines += foretold_lines(found["foretold"]) + accuracies(rows, parent)
     lines += library_lines(found["libraries"]) + additivity_lines(found["additivity"], asked)
-    lines += ["## Commands", "", f"As one command: `{as_one_command(asked, found['per_gpu'])}`. The study was made by these:", ""]
+    lines += ["## Commands", "", f"As one command: `{as_one_command(asked, found['per_gpu'])}`.", ""]
+    if two_splits:
+        lines += [f"The study was made when a corpus had two splits: {RETIRED} is development_fraction and test_fraction today.", ""]
+    lines += ["It was made by these:", ""]
     commands = [[f"`{one['command']}`", f"{one['seconds'] / 60:.1f}", str(one["gpus"]), one.get("note", "")] for one in found["commands"]]
     return "\n".join(lines + table(["command", "minutes", "GPUs", "note"], commands)).rstrip() + "\n"
 
@@ -232,7 +244,7 @@ def as_one_command(asked: dict, per_gpu: list[int]) -> str:
     texts = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in others.items()}
     options = [word for key, text in texts.items() for word in (f"--{key.replace('_', '-')}", text)]
     start = ["python", "-m", "benchmarks.study", "all", "--out", "study", "--per-gpu", str(max(per_gpu, default=1))]
-    return shlex.join([*start, *options, *asked["overrides"]])
+    return shlex.join([*start, *options, *today(asked["overrides"])])
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -311,9 +323,17 @@ def in_short(rows: list[dict], at: float) -> list[str]:
 
 def _as_many(row: dict, rows: list[dict]) -> str:
     """What the MIP's own child made of as many training tokens as the row took."""
-    same = next((other for other in rows if other["group"] == "tokens" and other.get("tokens") == row["tokens"]), {})
-    known = f"KL {same['after']['kl']:.4f}" if "after" in same else "not measured"
-    return f"the MIP's own child with as many: {known}"
+    same = _with_as_many(row, rows)
+    return "the MIP's own child with as many: " + (f"KL {same['after']['kl']:.4f}" if same else "not measured")
+
+
+def _with_as_many(row: dict, rows: list[dict]) -> dict | None:
+    """The row of the MIP's own child that trained on as many tokens as `row` took."""
+    return next((one for one in rows if one["group"] == "tokens" and "after" in one and one["tokens"] == row["tokens"]), None)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def history(rows: list[dict], stages: dict[str, int]) -> list[str]:
@@ -336,23 +356,56 @@ def headline(found: dict) -> str:
     mine, best = found["rows"][0], best_other(found["rows"])
     if "after" not in mine or mine["timed"] is None:
         return ""
-    after, kept = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}")
-    kept = f" keeps {kept} of its accuracy over chance and" if kept else ""
-    rows, budget = found["rows"], f"{mine['tokens']:,} tokens"
-    others = [row for row in rows if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]]
-    same = same_child(found["rows"])
-    beside = [f"{' and '.join(same)} choose the same child"] if same else []
-    beside += [f"best other child of a rival, {best['title']}, after {best['tokens']:,}: {best['after']['kl']:.3f}"] if best else []
-    for row in others:
-        beside.append(f"{label(row)}, after {row['tokens']:,} tokens in all: {row['after']['kl']:.3f}; {_as_many(row, rows)}")
-    rival = f" ({'; '.join(beside)})" if beside else ""
-    old = " An earlier version of the stages made these rows." if history(rows, found["stages"]) else ""
-    return (
+    after, kept, rows = mine["after"], _with_error(mine["after"], "accuracy_retained", "{:.1%}"), found["rows"]
+    lines = [
         f"[The study](docs/results/study.md): a child of {found['parent_name']}, asked to be {mine['speedup_asked']:g} × as fast, is "
-        f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])},{kept} has a KL to it of {after['kl']:.3f} after "
-        f"{budget} of GKD{rival}.{old} "
-        f"All of the study took {found['gpu_minutes']:.0f} GPU minutes. Written by `python -m benchmarks.study page`."
-    )
+        f"{mine['timed']['speedup']:.2f} × as fast on {' and '.join(found['machines'])}.",
+        f"It keeps {kept} of its parent's accuracy over chance." if kept else "",
+        f"Its KL to the parent is {after['kl']:.3f} after {mine['tokens']:,} tokens of GKD.",
+    ]
+    if same := same_child(rows):
+        lines.append(_sentence(f"{' and '.join(same)} chose the same child."))
+    if best:
+        ends = f"ends at {best['after']['kl']:.3f} after {best['tokens']:,} tokens"
+        lines.append(f"The best other child of a rival ({best['title']}) {ends}.")
+    for row in rows:
+        if row["name"] == "healed-pool" and "after" in row and row["healing"] != mine["healing"]:
+            lines.append(f"The {label(row)} ends at {row['after']['kl']:.3f} after {row['tokens']:,} tokens in all.")
+            alike = _with_as_many(row, rows)
+            lines.append(f"The MIP's own child ends at {alike['after']['kl']:.3f} after as many." if alike else
+                         "This study did not give the MIP's own child as many.")  # fmt: skip
+    if history(rows, found["stages"]):
+        lines.append("An earlier version of the stages made these rows.")
+    lines.append(f"All of the study took {found['gpu_minutes']:.0f} GPU minutes. Written by `python -m benchmarks.study page --out study`.")
+    return " ".join(filter(None, lines))
+
+
+def equal_tokens(found: dict) -> str:
+    """A healed pool beside the MIP's own child on as many tokens, for the README; nothing before both are there."""
+    rows = found["rows"]
+    mine, pool = rows[0], next((row for row in rows if row["name"] == "healed-pool" and "after" in row), None)
+    alike = pool and _with_as_many(pool, rows)
+    if "after" not in mine or not alike:
+        return ""
+    kl, of_pool = alike["after"]["kl"], pool["after"]["kl"]
+    verdict = "loses to" if kl < of_pool else "beats"
+    lines = [
+        f"At equal tokens a pool {verdict} the MIP's own child ([baselines](docs/results/baselines.md), on "
+        f"{' and '.join(found['machines'])}, at {mine['speedup_asked']:g} ×, one seed each).",
+        f"After {pool['tokens']:,} training tokens the MIP's own child has a KL of {kl:.3f}. A pool of {len(pool['pool'])} that "
+        f"took as many, those of brief GKD included, has {of_pool:.3f}.",
+        f"After {mine['tokens']:,} tokens the MIP's child has {mine['after']['kl']:.3f}.",
+    ]
+    depths = [row for row in rows if row["name"].startswith("depth-") and row.get("tokens") == mine["tokens"] and "after" in row]
+    if depths:
+        best = min(depths, key=lambda row: row["after"]["kl"])
+        lines.append(f"The best child by measured depth ({best['title']}) has {best['after']['kl']:.3f} after as many.")
+    if history(rows, found["stages"]):
+        lines.append("An earlier version of the stages made these rows.")
+    return " ".join([*lines, "Written by `python -m benchmarks.study page --out baselines`."])
+
+
+HEADLINES = {"study": headline, "baselines": equal_tokens}  # by the study's folder: README's block of that name
 
 
 def seeds(rows: list[dict]) -> list[str]:

@@ -18,6 +18,7 @@ from puzzle_core.problem import Problem
 from puzzle_core.spec import Architecture, Constraint, Workload, did_you_mean
 from puzzle_core.targets import expressible
 
+RETIRED = "validation_fraction"  # in conf/corpus/, until development_fraction and test_fraction took its place
 LIBRARIES = {  # name: overrides of the stage bld
     "full": [],
     "unrefitted": ["bld.ridge=null"],
@@ -125,6 +126,15 @@ def groups_of(asked: Asked) -> dict[str, float | None]:
     return ({f"random-{speedup:g}": speedup for speedup in asked.speedups} if asked.random else {}) | (
         {"frontier": None} if asked.frontier else {}
     )
+
+
+def today(overrides: list[str]) -> list[str]:
+    """The overrides of a study by the keys of this version: RETIRED becomes two shares, each as large."""
+    new = []
+    for override in overrides:
+        key, _, share = override.partition("=")
+        new += [f"corpus.{split}_fraction={share}" for split in ("development", "test")] if key == f"corpus.{RETIRED}" else [override]
+    return new
 
 
 class Study:

@@ -171,6 +171,46 @@ def test_layers_that_are_dropped_by_what_their_children_lose_are_those_of_brute_
     assert all(rivals.measured(name, problem, impossible, rivals.Settings(), measured) is None for name in rivals.MEASURED)
 
 
+@pytest.mark.parametrize("name", ["study", "baselines"])
+def test_a_page_and_the_block_in_the_readme_are_those_of_the_json_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / "docs/results").mkdir(parents=True)
+    shutil.copy(ROOT / f"docs/results/{name}.json", tmp_path / "docs/results")
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    demo.write_into("README.md", name, "")
+    study.main(["page", "--out", str(tmp_path / name)])
+    assert (tmp_path / "README.md").read_text() == text
+    for file in (f"docs/results/{name}.md", f"docs/results/{name}.json"):
+        assert (tmp_path / file).read_text() == (ROOT / file).read_text()
+    with pytest.raises(SystemExit):
+        study.main(["page", "--out", str(tmp_path / "neither")])
+
+
+def test_the_readme_says_who_wins_at_equal_tokens():
+    found = json.loads((ROOT / "docs/results/baselines.json").read_text())
+    kl = {row["name"]: row["after"]["kl"] for row in found["rows"]}
+    said = study_page.equal_tokens(found)
+    assert kl["mip-1.5-tokens"] < kl["healed-pool"] and said.startswith("At equal tokens a pool loses to the MIP's own child")
+    for name in ("mip-1.5-0", "mip-1.5-tokens", "healed-pool", "depth-iterative"):
+        assert f"{kl[name]:.3f}" in said, name
+    pool = next(row for row in found["rows"] if row["name"] == "healed-pool")
+    pool["after"]["kl"] = kl["mip-1.5-tokens"] / 2
+    assert study_page.equal_tokens(found).startswith("At equal tokens a pool beats the MIP's own child")
+    pool["tokens"] += 1  # the MIP's child had fewer
+    assert study_page.equal_tokens(found) == ""
+    del found["rows"][0]["after"]
+    assert study_page.equal_tokens(found) == study_page.headline(found) == ""
+
+
+def test_a_page_says_by_which_keys_an_older_command_is_given_today():
+    old, new = (json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in ("study", "baselines"))
+    said = "validation_fraction is development_fraction and test_fraction today"
+    assert said in study_page.page(old) and said not in study_page.page(new)
+    command = study_page.as_one_command(old["asked"], old["per_gpu"])
+    assert "corpus.development_fraction=0.03 corpus.test_fraction=0.03" in command and "validation" not in command
+
+
 def test_text_is_read_again_in_another_order_where_a_row_trains_on_more_tokens(pico):
     corpus = Corpus(pico.tokenizer, EXCERPT)
     again = study_children.ReadAgain(corpus, epoch_tokens=1024)
