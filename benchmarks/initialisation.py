@@ -80,7 +80,7 @@ def main() -> None:
     asked = {**vars(options), "layers": layers, "strengths": STRENGTHS, "threads": torch.get_num_threads()}
     write_results("initialisation", {"asked": asked, "seconds": now(device) - start, "rows": rows}, device)
     which = "all layers" if options.layers is None else f"layers {', '.join(map(str, layers))}"
-    budgets = f"{options.calibration_tokens:,} calibration tokens, KL on {rows[0]['num_tokens']:,} held-out ones"
+    budgets = f"{options.calibration_tokens:,} calibration tokens, KL on {rows[0]['num_tokens']:,} development tokens"
     caption = f"Median over {which} of smollm2-135m; {budgets}; {hardware_name(device)}."
     write_into("docs/library.md", "initialisation", f"{text}\n\n{caption}")
     print(f"{text}\n\n{caption}")
