@@ -4,6 +4,7 @@ Weights have Llama's names. config.json says in `block_configs` what each layer 
 multiplier that engines turn into a width.
 """
 import inspect
+import math
 import shutil
 from pathlib import Path
 
@@ -145,9 +146,20 @@ def num_params(path: Path) -> int:
     return total
 
 
-# What is read of a subblock of block_configs. Whatever else one has set may change what it is, so it is refused.
+# Keys of the whole that are read, and those that change no layer and no size. Any other may, so it is refused where it is set.
+_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size", "num_hidden_layers")
+_HARMLESS = (
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "auto_map",
+    "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings", "pad_token_id",
+    "pretraining_tp", "quantization_config", "return_dict", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "torch_dtype", "transformers_version", "use_cache",
+)  # fmt: skip
+_WHOLE_KEYS = ("block_configs", "model_type", "hidden_act", "tie_word_embeddings", *_SIZES, *_HARMLESS)
+
+# The same of a subblock of block_configs.
 _SIZE_KEYS = {"attention": ("n_heads_in_group", "num_key_value_heads"), "ffn": ("ffn_mult", "intermediate_size")}
 _READ_KEYS = ("no_op", "replace_with_linear", "weights_precision")  # the last one says nothing about the architecture
+_MAX_SIZE = 2**31  # no size of a tensor is as large; what is has no float
 
 
 def _read(path: Path) -> tuple[dict, list[dict[str, int | Variant]]]:
@@ -157,13 +169,25 @@ def _read(path: Path) -> tuple[dict, list[dict[str, int | Variant]]]:
     `intermediate_size`), of bias-free Llama layers. ValueError that names the key which is missing or not understood.
     """
     config = read_json(path)
-    if "block_configs" not in config:
+    if not isinstance(config, dict) or "block_configs" not in config:
         raise UserError(f"{path} has no block_configs; expected the config.json of a nemotron-nas checkpoint")
     if (model_type := config.get("model_type", TARGET)) not in (TARGET, *_FAMILIES):
         raise UserError(f"{path}: model_type is '{model_type}', whose layers are not known here; expected {TARGET}, {', '.join(_FAMILIES)}")
-    if biases := [key for key in config if key.endswith("_bias") and config[key]]:
-        raise UserError(f"{path} has {', '.join(biases)}: only layers without biases are read")
+    biases = [key for key in config if key.endswith("_bias")]
+    _require_flags(config, ("tie_word_embeddings", *biases), path)
+    if on := [key for key in biases if config[key]]:
+        raise UserError(f"{path} has {', '.join(on)}: only layers without biases are read")
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {key} is {value}; expected a finite number")
+        if value and key not in _WHOLE_KEYS:
+            raise UserError(f"{path} has {key}: {str(value)[:80]}, which is not understood: it may change what the layers are")
     blocks = config["block_configs"]
+    if not isinstance(blocks, list) or not blocks:
+        raise UserError(f"{path}: block_configs is {str(blocks)[:80]!r}; expected a list with an object for each layer")
+    for key in _SIZES:
+        if config.get(key) is not None and not _is_size(config[key]):
+            raise UserError(f"{path}: {key} is {config[key]!r}; expected a whole number of at least 1")
     if config.get("num_hidden_layers", len(blocks)) != len(blocks):
         raise UserError(f"{path}: num_hidden_layers is {config['num_hidden_layers']}, but block_configs has {len(blocks)}")
     for key in ("hidden_size", "num_attention_heads"):
@@ -171,10 +195,25 @@ def _read(path: Path) -> tuple[dict, list[dict[str, int | Variant]]]:
     return config, [_layer(config, block, f"{path}: layer {layer}") for layer, block in enumerate(blocks)]
 
 
-def _needed(config: dict, key: str, where: object) -> int:
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _MAX_SIZE
+
+
+def _require_flags(of: dict, keys: tuple[str, ...], where: object) -> None:
+    for key in keys:
+        if not isinstance(of.get(key), bool | None):
+            raise UserError(f"{where}: {key} is {of[key]!r}; expected true or false")
+
+
+def _needed(config: dict, key: str, where: object) -> object:
     if config.get(key) is None:
         raise UserError(f"{where} lacks {key}")
     return config[key]
+
+
+def _require_object(found: object, where: str) -> None:
+    if not isinstance(found, dict):
+        raise UserError(f"{where} in block_configs is {str(found)[:80]!r}; expected an object")
 
 
 def _refuse_odd(block: dict, known: tuple[str, ...], where: str) -> None:
@@ -183,14 +222,19 @@ def _refuse_odd(block: dict, known: tuple[str, ...], where: str) -> None:
 
 
 def _layer(config: dict, block: dict, where: str) -> dict[str, int | Variant]:
+    _require_object(block, where)
     _refuse_odd(block, tuple(_SIZE_KEYS), where)
     return {subblock: _subblock(config, subblock, _needed(block, subblock, where), f"{where} {subblock}") for subblock in _SIZE_KEYS}
 
 
 def _subblock(config: dict, subblock: str, block: dict, where: str) -> int | Variant:
+    _require_object(block, where)
+    _require_flags(block, ("no_op", "replace_with_linear", "gated"), where)
     of_ffn = {"hidden_act": config.get("hidden_act", "silu"), "gated": True} if subblock == "ffn" else {}  # as the whole's: Llama's
     same = tuple(key for key, value in of_ffn.items() if block.get(key) == value)
     _refuse_odd(block, (*_SIZE_KEYS[subblock], *_READ_KEYS, *same), where)
+    if of_ffn and block.get("gated") is False:
+        raise UserError(f"{where} has {{'gated': False}}, which has no variant here")
     if block.get("no_op") and block.get("replace_with_linear"):
         raise UserError(f"{where} has both no_op and replace_with_linear")
     if block.get("no_op") or block.get("replace_with_linear"):
@@ -205,17 +249,18 @@ def _subblock(config: dict, subblock: str, block: dict, where: str) -> int | Var
     return sizes.pop()
 
 
-def _size(config: dict, key: str, value: float) -> int | None:
+def _size(config: dict, key: str, value: object) -> int | None:
     """The kv heads or the width that a key says; None where it cannot be."""
-    heads = config["num_attention_heads"]
-    if not isinstance(value, int | float) or value <= 0 or (key != "ffn_mult" and value != int(value)):
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if key == "ffn_mult":  # engines round up: of a width below one channel they would make 256
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return width_of(value, hidden) if number and 3 <= 2 * value * hidden < 3 * _MAX_SIZE else None
+    if not _is_size(value):
         return None
     match key:
-        case "ffn_mult":
-            return width_of(value, config["hidden_size"])
         case "intermediate_size":
-            return int(value)
+            return value
         case "n_heads_in_group":
-            return None if heads % value else int(heads // value)
+            return None if heads % value else heads // value
         case "num_key_value_heads":
-            return None if heads % value else int(value)
+            return None if heads % value else value

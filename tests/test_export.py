@@ -672,6 +672,19 @@ NOT_UNDERSTOOD = {
     "{'n_heads_in_group': 16, 'num_key_value_heads': 8}: no size": [in_any_model("attention", n_heads_in_group=16)],
     "layer 0 attention has {'n_heads_in_group': 7}": [block(7)],
     "layer 0 ffn has {'ffn_mult': 2.625, 'intermediate_size': 28672}": [in_any_model("ffn", ffn_mult=2.625)],
+    "layer 0 attention: no_op is 'false'; expected true or false": [in_any_model("attention", no_op="false")],
+    "layer 0 ffn: replace_with_linear is 1; expected true or false": [in_any_model("ffn", replace_with_linear=1)],
+    "layer 0 attention has {'n_heads_in_group': True}: no size": [block(True)],
+    "layer 0 attention has {'n_heads_in_group': inf}: no size": [block(float("inf"))],
+    "layer 0 ffn has {'ffn_mult': True}: no size": [block(mult=True)],
+    "layer 0 ffn has {'ffn_mult': 1e-09}: no size": [block(mult=1e-9)],
+    "layer 0 ffn has {'ffn_mult': nan}: no size": [block(mult=float("nan"))],
+    "layer 0 ffn has {'ffn_mult': inf}: no size": [block(mult=float("inf"))],
+    "layer 0 ffn has {'ffn_mult': 1e+308}: no size": [block(mult=1e308)],
+    "layer 0 ffn has {'ffn_mult': '5.25'}: no size": [block(mult="5.25")],
+    "layer 0 ffn has {'intermediate_size': True}: no size": [in_any_model("ffn", intermediate_size=True)],
+    "layer 0 ffn has {'gated': False}": [in_any_model("ffn", gated=False)],
+    "layer 0 attention in block_configs is '[1]'; expected an object": [{**block(), "attention": [1]}],
     "layer 0 ffn has both no_op and replace_with_linear": [in_any_model("ffn", no_op=True, replace_with_linear=True)],
 }
 
@@ -679,7 +692,7 @@ NOT_UNDERSTOOD = {
 @pytest.mark.parametrize("words", NOT_UNDERSTOOD)
 @pytest.mark.parametrize("read", [nemotron.read_architecture, nemotron.num_params])
 def test_a_published_block_that_is_not_understood_is_refused_by_its_key(tmp_path, words, read):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         read(published(tmp_path / "config.json", NOT_UNDERSTOOD[words]))
     assert words in str(raised.value)
 
@@ -694,12 +707,50 @@ def test_a_published_block_that_is_not_understood_is_refused_by_its_key(tmp_path
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, but block_configs has 1"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_attention_heads": None}, "lacks num_attention_heads"),
+        ({"num_local_experts": 8}, "has num_local_experts: 8, which is not understood"),
+        ({"num_experts": 8}, "has num_experts"),
+        ({"moe_intermediate_size": 512}, "has moe_intermediate_size"),
+        ({"use_qk_norm": True}, "has use_qk_norm"),
+        ({"sliding_window": 4096}, "has sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "has layer_types"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; expected true or false"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; expected a whole number of at least 1"),
+        ({"hidden_size": float("nan")}, "hidden_size is nan"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": float("inf")}, "num_attention_heads is inf"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"head_dim": 128.5}, "head_dim is 128.5"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True"),
+        ({"intermediate_size": [28672]}, r"intermediate_size is \[28672\]"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a finite number"),
+        ({"block_configs": []}, r"block_configs is '\[\]'; expected a list"),
+        ({"block_configs": None}, "block_configs is 'None'"),
+        ({"block_configs": {"0": block()}}, "block_configs is .*; expected a list"),
+        ({"block_configs": "blocks"}, "block_configs is 'blocks'"),
+        ({"block_configs": ["block"]}, "layer 0 in block_configs is 'block'; expected an object"),
     ],
 )
 def test_a_published_config_that_is_not_understood_is_refused_by_its_key(tmp_path, changes, words):
     for read in (nemotron.read_architecture, nemotron.num_params):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             read(published(tmp_path / "config.json", [block()], **changes))
+
+
+def test_a_published_config_with_all_its_keys_and_those_that_are_off_is_read(tmp_path):
+    theirs = {
+        "architectures": ["DeciLMForCausalLM"], "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "nemotron-nas", "num_hidden_layers": 1, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "rope_type": "llama3"}, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+        "transformers_version": "4.48.3", "use_cache": True, "sliding_window": None, "num_experts": 0,
+    }  # fmt: skip
+    plain, full = published(tmp_path / "plain.json", [block()]), published(tmp_path / "full.json", [block()], **theirs)
+    assert nemotron.read_architecture(full) == nemotron.read_architecture(plain) == Architecture(((PARENT, PARENT),))
+    assert nemotron.num_params(full) == nemotron.num_params(plain)
 
 
 def test_parameters_are_not_counted_where_a_size_is_missing(tmp_path):
