@@ -22,7 +22,7 @@ COLUMNS = {
     "top1_agreement": ("same next token", "{:.0%}"),
 }
 
-SPEEDUP = "A speed-up is the median of the turns' ratios."  # not the ratio of the two medians beside it
+SPEEDUP = "Times are those of the turn whose speed-up is the median."
 
 ASSEMBLED = "Its blocks were distilled one by one and put together; it was not yet trained as a whole."
 DISTILLED = "Its blocks were distilled one by one and put together; then it was healed as a whole: global distillation, {:,} tokens of {}."

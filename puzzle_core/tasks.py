@@ -5,6 +5,7 @@ lm-eval is imported where it is needed: it takes seconds, and whoever asks for n
 import copy
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -38,6 +39,21 @@ class Task:
             if key not in known:
                 raise UserError(f"unknown key '{key}' in evaluation.tasks.{name}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
         return cls(name, **settings or {})
+
+    def __post_init__(self):
+        """ValueError that names the key which has no such value."""
+        of_key = {
+            "num_questions": (_is_number(self.num_questions, int) and self.num_questions >= 1, "a whole number of at least 1, or null"),
+            "num_fewshot": (_is_number(self.num_fewshot, int) and self.num_fewshot >= 0, "a whole number of at least 0, or null"),
+            "chance": (_is_number(self.chance, int | float) and 0 <= self.chance < 1, "a share from 0 to below 1, or null"),
+        }
+        for key, (fits, expected) in of_key.items():
+            if getattr(self, key) is not None and not fits:
+                raise UserError(f"evaluation.tasks.{self.name}.{key} is {getattr(self, key)!r}; expected {expected}")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,7 @@ class Exam:
             for part in self.parts[task.name].values():
                 _require_share(task, part)
                 shots = part.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+                _require_examples(task, part, shots or 0)
                 part.set_config("num_fewshot", shots or 0)
                 part.set_fewshot_seed(1234)
 
@@ -161,6 +178,20 @@ def _require_share(task: Task, part) -> None:
         )
     if task.chance is None and part.OUTPUT_TYPE == "multiple_choice" and part.get_config("process_results"):
         raise UserError(f"{where}: {name} makes {task.metric} of the choices in a way of its own. Say what guessing gets: `chance: 0.25`")
+
+
+def _require_examples(task: Task, part, shots: int) -> None:
+    """ValueError where a question cannot have as many solved examples, none of which is itself."""
+    if not shots:
+        return
+    pool = list(part.fewshot_docs() or ())
+    same_file = part.fewshot_cfg.split == part.config.test_split  # then lm-eval leaves the question out, with every copy of it
+    most = len(pool) - (max(Counter(map(repr, pool)).values(), default=0) if same_file else 0)
+    if shots > most:
+        raise UserError(
+            f"evaluation.tasks.{task.name}.num_fewshot is {shots}, and {part.task_name} has {len(pool)} questions to take examples from; "
+            f"expected at most {most}, as none may be the question itself"
+        )
 
 
 def _once(samples: list[dict]) -> Iterator[dict]:

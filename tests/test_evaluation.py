@@ -13,7 +13,7 @@ from datasets import Dataset
 from puzzle_core import evaluation, report, tasks
 from puzzle_core.children import make_child
 from puzzle_core.corpus import Corpus
-from puzzle_core.errors import NotFiniteError
+from puzzle_core.errors import NotFiniteError, UserError
 from puzzle_core.files import write_json
 from puzzle_core.spec import Constraint, Scenario, Solution
 from puzzle_core.tasks import Answers, Exam, Task, retained, standard_error
@@ -262,6 +262,38 @@ def test_rows_that_cannot_be_asked_are_named(tmp_path, row, words):
 def test_an_unknown_key_of_a_task_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown key 'num_question' in evaluation.tasks.mine. Did you mean 'num_questions'\?"):
         Task.of("mine", {"num_question": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("chance", (5.0, 1, -0.1, "x", True, float("nan"), [0.5]), "a share from 0 to below 1"),
+        ("num_questions", (0, -1, 2.5, "3", True), "a whole number of at least 1"),
+        ("num_fewshot", (-1, 1.0, "2", True, float("inf")), "a whole number of at least 0"),
+    ],
+)
+def test_a_number_of_a_task_that_cannot_be_is_refused_by_its_path(key, values, expected):
+    for value in values:
+        with pytest.raises(UserError, match=f"evaluation.tasks.mine.{key} is .*; expected {expected}"):
+            Task.of("mine", {key: value})
+
+
+def test_the_least_and_no_numbers_of_a_task_are_taken():
+    for settings in ({"chance": 0, "num_questions": 1, "num_fewshot": 0}, {"chance": None, "num_questions": None, "num_fewshot": None}):
+        assert Task.of("mine", settings) == Task("mine", **settings)
+
+
+@pytest.mark.parametrize("num_fewshot", [4, 9999])
+def test_examples_are_refused_where_the_questions_are_too_few(pico, tmp_path, num_fewshot):
+    settings = {"path": written(tmp_path / "q.jsonl", SAMPLE), "num_questions": 4}
+    words = f"evaluation.tasks.mine.num_fewshot is {num_fewshot}, and mine has 4 questions to take examples from; expected at most 3"
+    with pytest.raises(UserError, match=words):
+        Exam([Task.of("mine", {**settings, "num_fewshot": num_fewshot})], batch_size=8)
+    exam = Exam([Task.of("mine", {**settings, "num_fewshot": 3})], batch_size=8)
+    assert len(exam.ask(pico.model, pico.tokenizer)["mine"].right_N) == 4
+    twice = {"path": written(tmp_path / "twice.jsonl", [*SAMPLE[:3], SAMPLE[0]]), "num_fewshot": 3}
+    with pytest.raises(UserError, match="has 4 questions to take examples from; expected at most 2"):
+        Exam([Task.of("mine", twice)], batch_size=8)
 
 
 def test_the_error_of_what_is_retained_is_that_of_resampled_questions():
