@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 
@@ -35,6 +35,8 @@ class Task:
     @classmethod
     def of(cls, name: str, settings: dict | None) -> "Task":
         known = [field.name for field in fields(cls)][1:]
+        if not isinstance(settings, Mapping | None):
+            raise UserError(f"evaluation.tasks.{name} is {settings!r}; expected keys among {', '.join(known)}, or null")
         for key in settings or {}:
             if key not in known:
                 raise UserError(f"unknown key '{key}' in evaluation.tasks.{name}.{did_you_mean(key, known)} Known: {', '.join(known)}.")
@@ -43,6 +45,7 @@ class Task:
     def __post_init__(self):
         """ValueError that names the key which has no such value."""
         of_key = {
+            **{key: (isinstance(getattr(self, key), str), "a text") for key in ("path", "metric", "delimiter")},
             "num_questions": (_is_number(self.num_questions, int) and self.num_questions >= 1, "a whole number of at least 1, or null"),
             "num_fewshot": (_is_number(self.num_fewshot, int) and self.num_fewshot >= 0, "a whole number of at least 0, or null"),
             "chance": (_is_number(self.chance, int | float) and 0 <= self.chance < 1, "a share from 0 to below 1, or null"),

@@ -262,6 +262,8 @@ def test_rows_that_cannot_be_asked_are_named(tmp_path, row, words):
 def test_an_unknown_key_of_a_task_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown key 'num_question' in evaluation.tasks.mine. Did you mean 'num_questions'\?"):
         Task.of("mine", {"num_question": 3})
+    with pytest.raises(UserError, match="evaluation.tasks.mine is 5; expected keys among path, num_questions"):
+        Task.of("mine", 5)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +272,12 @@ def test_an_unknown_key_of_a_task_is_answered_with_the_nearest():
         ("chance", (5.0, 1, -0.1, "x", True, float("nan"), [0.5]), "a share from 0 to below 1"),
         ("num_questions", (0, -1, 2.5, "3", True), "a whole number of at least 1"),
         ("num_fewshot", (-1, 1.0, "2", True, float("inf")), "a whole number of at least 0"),
+        ("path", (5, ["a"]), "a text"),
+        ("metric", (5, ["acc"]), "a text"),
+        ("delimiter", (5, True), "a text"),
     ],
 )
-def test_a_number_of_a_task_that_cannot_be_is_refused_by_its_path(key, values, expected):
+def test_a_value_of_a_task_that_cannot_be_is_refused_by_its_path(key, values, expected):
     for value in values:
         with pytest.raises(UserError, match=f"evaluation.tasks.mine.{key} is .*; expected {expected}"):
             Task.of("mine", {key: value})
