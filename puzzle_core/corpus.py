@@ -29,6 +29,8 @@ class Document(NamedTuple):
 def _local_files(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"no corpus at {path}: check `path` in its preset under conf/corpus/")
+    if path.is_file() and path.suffix not in _READERS:
+        raise UserError(f"{path} is no file of text that is read here; expected one ending in {', '.join(_READERS)}")
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _READERS)
     if not files:
         raise FileNotFoundError(f"no text under {path}: expected files ending in {', '.join(_READERS)}")
@@ -51,11 +53,16 @@ def documents(
     from datasets import load_dataset  # slow to import, and not every user of this module loads text
 
     if source == "hub":
-        stream = load_dataset(id, name, split=split, revision=revision, streaming=True)
+        try:
+            stream = load_dataset(id, name, split=split, revision=revision, streaming=True)
+        except ValueError as error:  # of a name or a split that the data set has not
+            raise UserError(f"corpus {id}, name {name}, split {split}: {error}. Set them in conf/corpus/.") from error
         yield from _documents(stream.take(max_documents) if max_documents else stream, text_column, domain_column, id)
     elif source == "files":
         for file in _local_files(Path(path)):
             reader = _READERS[file.suffix]
+            if not file.stat().st_size:
+                raise UserError(f"{file} is empty: delete it, or put text into it")
             try:
                 if reader is None:
                     yield from _documents([{text_column: file.read_text()}], text_column, domain_column, file)
@@ -73,6 +80,9 @@ def _documents(rows: Iterable[dict], text_column: str, domain_column: str | None
         for key, column in (("text_column", text_column), ("domain_column", domain_column)):
             if column is not None and column not in row:
                 raise UserError(f"{where} has no column '{column}', only {', '.join(row)}: set `{key}` in conf/corpus/")
+        if row[text_column] and not isinstance(row[text_column], str):
+            kind = type(row[text_column]).__name__
+            raise UserError(f"{where}: column '{text_column}' holds {kind}, not text: set `text_column` in conf/corpus/")
         if row[text_column]:
             yield Document(row[text_column], None if domain_column is None else str(row[domain_column]))
 

@@ -71,6 +71,7 @@ class Family:
     returns_tuple: bool = False  # a layer gives back (hidden states, attention weights), not hidden states alone
     post_norm_unless: str = ""  # config key; where it is false, the norms act on the residual stream and always stay
     requires: dict[str, object] = field(default_factory=dict)  # config values without which the layout is another one
+    constants: tuple[str, ...] = ()  # patterns of tensors that old checkpoints hold and the class computes itself
 
     def subblock(self, name: str) -> Attention | Ffn:
         return {ATTENTION: self.attention, FFN: self.ffn}[name]
@@ -131,6 +132,7 @@ FAMILIES: dict[str, Family] = {
         ffn=Ffn(norms=("ln_2",), inner=("c_fc",), last="c_proj"),
         size_keys=KV | W | {"window": "window_size"},
         returns_tuple=True,
+        constants=(r"\.attn\.attention\.(bias|masked_bias)$",),
     ),
     "opt": Family(
         layers="model.decoder.layers",

@@ -110,6 +110,10 @@ def digest(file: Path) -> str:
         return found
     if time.time_ns() - max(_state(file)[3:]) < _GRAIN_NS:
         return _sha256(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {cache_folder()} cannot be written ({error}); set PUZZLE_CACHE to a folder that can") from error
     with lock(folder, name, wait=True):  # of several stages one reads it
         found = _kept(folder / f"{name}.json", file)
         if found is None:
@@ -120,10 +124,11 @@ def digest(file: Path) -> str:
 
 
 def _kept(entry: Path, file: Path) -> str | None:
-    if not entry.exists():
-        return None
-    content = read_json(entry)
-    return content["sha256"] if content["state"] == _state(file) else None
+    try:
+        content = json.loads(entry.read_text())
+        return content["sha256"] if content["state"] == _state(file) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is none, or a part of one
 
 
 def _sha256(file: Path) -> str:

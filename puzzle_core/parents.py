@@ -1,7 +1,9 @@
 """Parents in: load a causal LM from the hub, a folder, a GGUF file or from nothing, with what its family needs."""
 import contextlib
 import importlib.util
+import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,17 +116,25 @@ _NAMED = ("LICENSE", "NOTICE", "trainer_state.json")
 _BELOW = (".py", ".jinja")  # what is read from folders within: code, chat templates
 
 
+def _shards_of(folder: Path) -> set[str]:
+    """The files of weights that an index names, which may lie in folders within; of an index that cannot be read loading tells."""
+    try:
+        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
 def checkpoint_digest(folder: Path) -> str:
     """Sixteen hex digits of names and bytes of all files in `folder` that make a model and its tokenizer what they are.
 
     Where it lies does not count, so a copy has the same. Files are read in parallel, and only if `files.digest` has not seen them.
     """
-    files = {}
+    files, shards = {}, _shards_of(folder)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
         ignored = name.suffix.lower() in _TOLD + _NEVER_READ or name.name.startswith(_NAMED)
-        if not hidden and not ignored and (len(name.parts) == 1 or name.suffix in _BELOW) and file.is_file():
+        if not hidden and not ignored and (len(name.parts) == 1 or name.suffix in _BELOW or name.as_posix() in shards) and file.is_file():
             files[name.as_posix()] = file
     with ThreadPoolExecutor() as threads:
         return fingerprint(dict(zip(files, threads.map(digest, files.values()), strict=True)))
@@ -180,7 +190,7 @@ def faults_named(place: object, what: str) -> Iterator[None]:
     except Exception as error:  # tokenizers and huggingface_hub have nothing more special
         damaged = "a damaged safetensors file" if isinstance(error, SafetensorError) else f"no {what} that can be read"
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{place} holds {damaged} ({type(error).__name__}: {text}): fetch or make it again") from error
+        raise UserError(f"{place} holds {damaged} ({type(error).__name__}: {text}): mend it, or fetch or make it again") from error
 
 
 def load_whole(place: str | Path, base: type = AutoModelForCausalLM, **how: object) -> PreTrainedModel:
@@ -193,11 +203,12 @@ def load_whole(place: str | Path, base: type = AutoModelForCausalLM, **how: obje
             place, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
     misshapen = {name: f"{name} {tuple(found)}, not {tuple(expected)}" for name, found, expected in info["mismatched_keys"]}
+    constants = "|".join(family_for(model.config).constants) or r"(?!)"
     heads = model.get_input_embeddings(), model.get_output_embeddings()
     untied = getattr(model.config, "tie_word_embeddings", False) and heads[1] is not None and heads[0].weight is not heads[1].weight
     faults = {
         "lacks": sorted(info["missing_keys"] - misshapen.keys()),
-        "has, beside what its config describes,": sorted(info["unexpected_keys"]),
+        "has, beside what its config describes,": sorted(name for name in info["unexpected_keys"] if not re.search(constants, name)),
         "has in another shape than its config says": sorted(misshapen.values()),
         "has output embeddings of their own, while its config says": ["tie_word_embeddings: true"] if untied else [],
     }
@@ -309,17 +320,21 @@ def load_parent(
     FileNotFoundError where the weights are not.
     """
     device, torch_dtype, shards = torch.device(device), getattr(torch, dtype, None), None
+    for key, value, needed_by in (("id", id, ("hub",)), ("path", path, ("directory", "gguf")), ("config", config, ("random",))):
+        if source in needed_by and not value:
+            raise UserError(f"parent.{key} is not set, and source {source} needs it: see the presets in conf/parent/")
     if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"parent.dtype is '{dtype}'; expected float32, bfloat16 or float16")
     if source == "random":
         if memory_gib is not None and not skeleton:
             raise UserError("parent.memory_gib needs a checkpoint to read layers from; a random parent has none")
-        family = family_of(config["model_type"])
+        family = family_of(config.get("model_type"))
         content, origin = "", Origin("random weights", "random weights, for tests", license)
-        if skeleton:
-            model, shards = _skeleton(AutoConfig.for_model(**config), torch_dtype, family, memory_gib)
-        else:
-            model = _random_model(config, seed, torch_dtype).to(device)
+        with faults_named("parent.config", "model"):
+            if skeleton:
+                model, shards = _skeleton(AutoConfig.for_model(**config), torch_dtype, family, memory_gib)
+            else:
+                model = _random_model(config, seed, torch_dtype).to(device)
         tokenizer = _byte_tokenizer()
     else:
         place, content, name, text = _located(source, path, package, sha256, id, revision, skeleton)
@@ -346,6 +361,8 @@ def _located(
 ) -> tuple[str | Path, str, str, str]:
     """Where transformers finds the parent, what tells its content apart from another's, its name and where it came from."""
     if source == "hub":
+        if Path(id).exists():
+            raise UserError(f"parent.id is {id}, which is a path of this machine; use conf/parent/directory.yaml with `path: {id}`")
         commit = Path(cached_file(id, "config.json", revision=revision)).parent.name  # the one behind the revision
         return id, commit, id, f"[{id}](https://huggingface.co/{id}) at revision {commit}"
     if source not in ("directory", "gguf"):
@@ -353,6 +370,8 @@ def _located(
     file = _gguf_file(path, package) if source == "gguf" else Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no parent at {file}: check `path` in its preset under conf/parent/")
+    if source == "directory" and not file.is_dir():
+        raise UserError(f"parent.path is {file}, which is a file; name its folder, or use conf/parent/gguf.yaml for a GGUF")
     if source == "directory":
         return file, "" if skeleton else checkpoint_digest(file), file.resolve().name, f"the local checkpoint `{file.resolve().name}`"
     place, where = _dequantised(file, sha256), f" of the Python package `{package}`" if package else ""
@@ -385,7 +404,7 @@ def _read_model(
     load = partial(load_whole, place, dtype=dtype, **more)
     if memory_gib is None:
         return load().to(device), None
-    with torch.device("meta"):
+    with faults_named(place, "config.json"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=more["trust_remote_code"])
     layouts.check_layers(skeleton, family)
     max_layers = layers_that_fit(skeleton, family.layers, memory_gib, in_parts)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from puzzle_core import bld, evaluation, gkd, questions, realised, scoring
 from puzzle_core.config import composed, fill
 from puzzle_core.corpus import Corpus, Document, start_ids
+from puzzle_core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,17 @@ def test_what_is_reported_is_of_documents_that_nothing_was_learnt_from_or_chosen
     if name in ("demo", "pico"):  # made for the excerpt; at most eight characters are a token
         for split, domain, num_tokens in (one for asked in found.values() for one in asked):
             assert 8 * num_tokens < sum(len(d.text) for d in corpus.splits[split] if domain in (None, d.domain)), (split, domain)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", "", "empty.jsonl is empty"),
+        ("numbers.jsonl", '{"text": 5}\n', "column 'text' holds int, not text"),
+        ("code.py", "print()", "code.py is no file of text that is read here"),
+    ],
+)
+def test_files_that_hold_no_text_are_refused_by_name(pico, tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        Corpus(pico.tokenizer, {**EXCERPT, "path": str(tmp_path / name)})

@@ -490,3 +490,69 @@ def test_scores_are_those_of_the_whole_parent_and_timings_are_refused(folder, pi
     with pytest.raises(SystemExit):
         stages.profile_hardware.run(config(folder, tmp_path, budget(pico) / GIB))
     assert "this stage needs the whole parent in memory" in capsys.readouterr().err
+
+
+def test_old_gpt_neo_checkpoints_hold_masks_that_are_no_fault(tmp_path):
+    parent = pico_parent("gpt_neo")
+    saved(tmp_path, parent)
+    masks = {"bias": torch.ones(1, 1, 8, 8), "masked_bias": torch.tensor(-1e9)}
+    more = {f"transformer.h.{layer}.attn.attention.{name}": mask.clone() for layer in range(3) for name, mask in masks.items()}
+    tensors_changed(tmp_path, lambda t: t.update(more))
+    assert torch.equal(load_parent("directory", path=str(tmp_path)).model(IDS).logits, parent.model(IDS).logits)
+    tensors_changed(tmp_path, lambda t: t.update({"transformer.h.0.attn.attention.other": torch.ones(2)}))
+    with pytest.raises(UserError, match="attn.attention.other"):
+        load_parent("directory", path=str(tmp_path))
+
+
+def test_a_path_is_no_hub_id_and_a_file_no_directory(pico, tmp_path):
+    saved(tmp_path, pico)
+    with pytest.raises(UserError, match="is a path of this machine; use conf/parent/directory.yaml"):
+        load_parent("hub", id=str(tmp_path))
+    with pytest.raises(UserError, match="config.json, which is a file; name its folder"):
+        load_parent("directory", path=str(tmp_path / "config.json"))
+
+
+def test_shards_in_folders_within_count(pico, tmp_path):
+    pico.model.save_pretrained(tmp_path, max_shard_size="100KB")
+    pico.tokenizer.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    (tmp_path / "within").mkdir()
+    for shard in set(index["weight_map"].values()):
+        (tmp_path / shard).rename(tmp_path / "within" / shard)
+    index["weight_map"] = {name: f"within/{shard}" for name, shard in index["weight_map"].items()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = load_parent("directory", path=str(tmp_path)).identity
+    shard = tmp_path / index["weight_map"]["model.norm.weight"]
+    save_file({name: tensor * 1.3 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    assert load_parent("directory", path=str(tmp_path)).identity != before
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ({"source": "random"}, "parent.config is not set"),
+        ({"source": "directory"}, "parent.path is not set"),
+        ({"source": "hub"}, "parent.id is not set"),
+        ({"source": "random", "config": {"hidden_size": 64}}, "unknown model family 'None'"),
+        ({"source": "random", "config": {"model_type": "llama", "hidden_size": 65}}, "parent.config holds no model"),
+    ],
+)
+def test_a_preset_that_lacks_what_its_source_needs_says_what(preset, words):
+    with pytest.raises(UserError, match=words):
+        load_parent(**preset)
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_no_riddle(pico, tmp_path, monkeypatch):
+    saved(tmp_path / "parent", pico)
+    for file in (tmp_path / "parent").iterdir():
+        os.utime(file, (1e9, 1e9))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(files, "_GRAIN_NS", 0)
+    with pytest.raises(UserError, match="cannot be written .*set PUZZLE_CACHE"):
+        load_parent("directory", path=str(tmp_path / "parent"))
+    monkeypatch.setenv("PUZZLE_CACHE", str(tmp_path / "cache"))
+    whole = load_parent("directory", path=str(tmp_path / "parent")).identity
+    for entry in (tmp_path / "cache" / "digests").glob("*.json"):
+        entry.write_text(entry.read_text()[:20])
+    assert load_parent("directory", path=str(tmp_path / "parent")).identity == whole
