@@ -185,7 +185,7 @@ def faults_named(place: object, what: str) -> Iterator[None]:
     """What transformers, safetensors and tokenizers say of damaged files, as an error of the user's; only their calls stand inside."""
     try:
         yield
-    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError, AssertionError):
         raise  # the files are not to blame, or it has been said
     except Exception as error:  # tokenizers and huggingface_hub have nothing more special
         damaged = "a damaged safetensors file" if isinstance(error, SafetensorError) else f"no {what} that can be read"
