@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from puzzle_core.errors import UserError
-from puzzle_core.families import Family, family_of
+from puzzle_core.families import IN_CONFIG, Family, family_of
 from puzzle_core.files import read_json
 from puzzle_core.modeling_puzzle import MODEL_TYPE
 from puzzle_core.spec import ATTENTION, FFN, LINEAR, NO_OP, PARENT, Architecture, Variant
@@ -23,7 +23,7 @@ from puzzle_core.targets import why_not
 _OURS = ("per_layer_config", "linear_subblocks", "puzzle", "auto_map", "transformers_weights")
 _SUBBLOCK_OF = {"kv": ATTENTION, "w": FFN}
 _LISTS = {"skip": NO_OP, "linear_subblocks": LINEAR}
-_IN_CONFIG = {"attention": ATTENTION, "mlp": FFN}
+_SUBBLOCK_NAMED = {name: subblock for subblock, name in IN_CONFIG.items()}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _pair(layer: int, entry: dict, family: Family) -> tuple[Variant, Variant]:
     kinds = {key: kind for kind, key in family.size_keys.items() if kind in _SUBBLOCK_OF}
     for key, value in entry.items():
         if key in _LISTS:
-            chosen |= {_IN_CONFIG[name]: _LISTS[key] for name in value}
+            chosen |= {_SUBBLOCK_NAMED[name]: _LISTS[key] for name in value}
         elif key in kinds:
             chosen[_SUBBLOCK_OF[kinds[key]]] = Variant(kinds[key], value)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 from puzzle_core.errors import UserError
 from puzzle_core.spec import ATTENTION, FFN, did_you_mean
 
+IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}  # our subblocks as per_layer_config's `skip` names them
 SIZED = {ATTENTION: ("kv", "window"), FFN: ("w", "e")}  # kinds of variants that have a size, by subblock
 
 

@@ -16,11 +16,10 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
 from puzzle_core.errors import UserError
-from puzzle_core.families import Family
+from puzzle_core.families import IN_CONFIG, Family
 from puzzle_core.modeling_puzzle import build_layer, get_subblock
 from puzzle_core.spec import ATTENTION, FFN, SUBBLOCKS
 
-_IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}
 _IDS_BT = torch.arange(10).view(2, 5)
 
 
@@ -261,7 +260,7 @@ class _Trial:
         puzzle = self.family.to_json()
         puzzle[subblock]["norms"] = list(norms)
         with no_init_weights(), local_torch_dtype(torch.float32), torch.device("cpu"):
-            built = build_layer(self.layer, self.model.config, {"skip": [_IN_CONFIG[subblock]]}, 0, puzzle).eval()
+            built = build_layer(self.layer, self.model.config, {"skip": [IN_CONFIG[subblock]]}, 0, puzzle).eval()
         built.load_state_dict(self.layer.state_dict(), strict=False)
         self.layers[0] = built
         try:

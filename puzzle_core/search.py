@@ -85,8 +85,8 @@ def search(problem: Problem, limits: Mapping[str, object], settings: Settings) -
     sizes = list(dict.fromkeys(settings.batch_sizes or [at.batch_size]))
     problems = [problem if size == at.batch_size else problem.at(Scenario(size, at.prompt_len, at.generation_len)) for size in sizes]
     best, refused, bounds = None, [], []
-    for number, candidate in enumerate(problems):
-        left_s = max(0.0, deadline - time.perf_counter()) / (len(problems) - number)
+    for index, candidate in enumerate(problems):
+        left_s = max(0.0, deadline - time.perf_counter()) / (len(problems) - index)
         constraints = constraints_from(limits, candidate)
         # totals of different batch sizes compare as the user named them: latency per request, throughput per token
         unit = unit_of(settings.objective, candidate, candidate.scenario)
@@ -319,10 +319,10 @@ def _why_infeasible(problem: Problem, constraints: Sequence[Constraint], deadlin
     hopeless = [c for c in constraints if not holds(c, alone[c])]
     start, end = ("\n  {}: ", "\n") if len(constraints) > 1 else (" ", ". ")
     message = f"no architecture fits {named(hopeless or constraints)} in scenario {problem.scenario}:"
-    for number, c in enumerate(constraints):
+    for index, c in enumerate(constraints):
         message += f"{start.format(c)}{extreme(c, problem)} reachable is {as_limit(c, alone[c], problem)}"
         if not hopeless:
-            left_s = (deadline - time.perf_counter()) / (len(constraints) + 1 - number)
+            left_s = (deadline - time.perf_counter()) / (len(constraints) + 1 - index)
             message += f" alone; while the others hold, {_with_others(problem, c, constraints, left_s)}"
         message += f" ({c.total} {digits(alone[c])}, limit {digits(c.bound)})"
     if len(constraints) > 1:

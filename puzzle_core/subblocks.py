@@ -15,11 +15,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from puzzle_core import modeling_puzzle
 from puzzle_core.errors import UserError
-from puzzle_core.families import SIZED, Family
+from puzzle_core.families import IN_CONFIG, SIZED, Family
 from puzzle_core.parents import Parent
-from puzzle_core.spec import ATTENTION, BLOCK, FFN, LINEAR, NO_OP, PARENT, SUBBLOCKS, Joint, Variant, did_you_mean
-
-_IN_CONFIG = {ATTENTION: "attention", FFN: "mlp"}  # our subblocks as per_layer_config's `skip` names them
+from puzzle_core.spec import BLOCK, LINEAR, NO_OP, PARENT, SUBBLOCKS, Joint, Variant, did_you_mean
 
 
 def resolve_layers(space: dict, config: PreTrainedConfig, family: Family) -> list[dict[str, list[Variant | Joint]]]:
@@ -138,7 +136,7 @@ def changes(family: Family, subblock: str, variant: Variant) -> dict:
     if variant == PARENT:
         return {}
     if variant in (NO_OP, LINEAR):
-        return {"skip" if variant == NO_OP else "linear_subblocks": [_IN_CONFIG[subblock]]}
+        return {"skip" if variant == NO_OP else "linear_subblocks": [IN_CONFIG[subblock]]}
     return {family.size_keys[variant.kind]: variant.size}
 
 

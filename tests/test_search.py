@@ -387,16 +387,21 @@ def by_hand(program):
     return weight_A[fits_A].min() if fits_A.any() else None
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.booleans(), st.sampled_from([1, 3, 100]))
-def test_joint_options_beside_split_ones_are_chosen_as_by_hand(seed, num_sums, listed, levels):
-    random = np.random.default_rng(seed)
+def options_of_layers(random):
+    """Layer and half of each option of up to four layers: split ones, joint ones, or both."""
     rows = []
     for layer in range(random.integers(1, 5)):
         counts = ((3, 3, 0), (0, 0, 4), (2, 2, 3))[random.integers(3)]
         rows += [(layer, half) for half, count in enumerate(counts) for _ in range(count)]
-    layer_O, half_O = np.array(rows).T
-    values = random.integers(0, levels, (1 + num_sums, len(rows))).astype(float)
+    return np.array(rows).T
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.booleans(), st.sampled_from([1, 3, 100]))
+def test_joint_options_beside_split_ones_are_chosen_as_by_hand(seed, num_sums, listed, levels):
+    random = np.random.default_rng(seed)
+    layer_O, half_O = options_of_layers(random)
+    values = random.integers(0, levels, (1 + num_sums, len(layer_O))).astype(float)
     room_K = values[1:].mean(axis=1) * (layer_O.max() + 1) * random.uniform(0.3, 2, num_sums)
     program = mip.Program(layer_O, half_O, values[0], values[1:], np.round(room_K))
     with pytest.MonkeyPatch.context() as patch:
@@ -411,12 +416,9 @@ def test_joint_options_beside_split_ones_are_chosen_as_by_hand(seed, num_sums, l
 def near_ties(seed):
     """A program whose choices weigh the same but for 1e-16 to 1e-8, or differ by up to 24 orders of magnitude; its sums do so too."""
     random = np.random.default_rng(seed)
-    rows = []
-    for layer in range(random.integers(1, 5)):
-        counts = ((3, 3, 0), (0, 0, 4), (2, 2, 3))[random.integers(3)]
-        rows += [(layer, half) for half, count in enumerate(counts) for _ in range(count)]
-    layer_O, half_O = np.array(rows).T
-    whole_VO = random.integers(-1 if seed % 3 == 0 else 0, 4, (1 + random.integers(1, 4), len(rows))) * np.where(half_O == mip.BOTH, 2, 1)
+    layer_O, half_O = options_of_layers(random)
+    least = -1 if seed % 3 == 0 else 0
+    whole_VO = random.integers(least, 4, (1 + random.integers(1, 4), len(layer_O))) * np.where(half_O == mip.BOTH, 2, 1)
     tie = 10.0 ** random.integers(-16, -7)
     values_VO = whole_VO * (1 + tie * random.normal(size=whole_VO.shape)) + tie * random.uniform(size=whole_VO.shape)
     if seed % 5 == 0:
@@ -424,7 +426,7 @@ def near_ties(seed):
     room_K = values_VO[1:].mean(axis=1) * (layer_O.max() + 1) * random.uniform(0.6, 1.6, len(values_VO) - 1)
     if seed % 2:  # as much as some choice takes
         joint_O = np.isin(layer_O, layer_O[half_O == mip.BOTH])
-        cells = sorted({(n, half) for (n, half), joint in zip(rows, joint_O, strict=True) if not joint or half == mip.BOTH})
+        cells = sorted({(n, half) for n, half, joint in zip(layer_O, half_O, joint_O, strict=True) if not joint or half == mip.BOTH})
         some = [random.choice(np.flatnonzero((layer_O == n) & (half_O == half))) for n, half in cells]
         room_K = np.array([math.fsum(share_O[some]) for share_O in values_VO[1:]])
     return mip.Program(layer_O, half_O, values_VO[0], values_VO[1:], room_K)
